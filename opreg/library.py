@@ -1,0 +1,88 @@
+"""The only file that calls torch.library: define an operator, give it implementations, a fake, a formula."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.library import Library
+
+# The process owns every Library: a collected one takes its kernels with it and later calls crash (pytorch #115990).
+_LIBRARIES: dict[str, Library] = {}
+
+
+def _library(namespace: str) -> Library:
+    if namespace not in _LIBRARIES:
+        _LIBRARIES[namespace] = Library(namespace, "FRAGMENT")
+    return _LIBRARIES[namespace]
+
+
+def split_name(qualname: str) -> tuple[str, str]:
+    """'ns::op' or 'ns::op.overload' -> ('ns', 'op' or 'op.overload')."""
+    namespace, _, name = qualname.partition("::")
+    return namespace, name
+
+
+def is_defined(qualname: str) -> bool:
+    """Whether torch already has an operator of this name, whoever defined it."""
+    namespace, name = split_name(qualname)
+    name, _, overload = name.partition(".")
+    packet = getattr(getattr(torch.ops, namespace), name, None)
+    return packet is not None and (overload or "default") in packet.overloads()
+
+
+def define(qualname: str, schema: str, tags: Sequence[torch.Tag] = ()) -> torch._ops.OpOverload:
+    """Define `qualname` with a schema string '(Tensor x) -> Tensor' and return its OpOverload."""
+    namespace, name = split_name(qualname)
+    _library(namespace).define(f"{name}{schema}", tags=tuple(tags))
+    return overload(qualname)
+
+
+def overload(qualname: str) -> torch._ops.OpOverload:
+    """The OpOverload of 'ns::op' (its default overload) or 'ns::op.overload'."""
+    namespace, name = split_name(qualname)
+    name, _, which = name.partition(".")
+    packet = getattr(getattr(torch.ops, namespace), name)
+    found: torch._ops.OpOverload = getattr(packet, which or "default")
+    return found
+
+
+def implement(qualname: str, fn: Callable[..., Any], key: str = "CompositeExplicitAutograd") -> None:
+    """Make `fn` what the dispatcher calls for `qualname` under `key`."""
+    namespace, name = split_name(qualname)
+    _library(namespace).impl(name, fn, key)
+
+
+def fake(qualname: str, fn: Callable[..., Any]) -> None:
+    """Make `fn` the fake (meta) implementation of `qualname`."""
+    namespace, _ = split_name(qualname)
+    torch.library.register_fake(qualname, fn, lib=_library(namespace))
+
+
+def autograd(qualname: str, backward: Callable[..., Any], setup_context: Callable[..., Any] | None) -> None:
+    """Register the backward formula, with torch.library's meaning of both arguments."""
+    namespace, _ = split_name(qualname)
+    torch.library.register_autograd(qualname, backward, setup_context=setup_context, lib=_library(namespace))
+
+
+def vmap(qualname: str, fn: Callable[..., Any]) -> None:
+    """Register the batching rule, with torch.library's meaning of `fn`."""
+    namespace, _ = split_name(qualname)
+    torch.library.register_vmap(qualname, fn, lib=_library(namespace))
+
+
+def infer_schema(signature: inspect.Signature, mutates_args: Sequence[str]) -> str:
+    """The schema string of a signature that has been stripped to types torch knows."""
+
+    def prototype() -> None: ...
+
+    prototype.__signature__ = signature  # type: ignore[attr-defined]
+    return torch.library.infer_schema(prototype, mutates_args=tuple(mutates_args))
+
+
+def opcheck(op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, str]:
+    """torch.library.opcheck, returning {test: 'SUCCESS' or the failure}."""
+    results = torch.library.opcheck(op, args, kwargs, raise_exception=False)
+    return {name: result if isinstance(result, str) else str(result) for name, result in results.items()}

@@ -1,0 +1,157 @@
+"""Build the C++ sources in csrc/ once, keep the result, and say why when that is impossible.
+
+The sources export a plain C interface (raw pointers and sizes) and are loaded with ctypes. That is deliberate: torch's
+own extension builder needs ninja and the Python headers, takes half a minute for the includes alone, and ties the
+result to one torch version; this needs a C++ compiler and nothing else, and one build serves every torch.
+OpenMP: torch brings a libgomp that is also called `libgomp.so.1`, so a library linked with -fopenmp shares its threads;
+pass torch.get_num_threads() to the C function and use it in `num_threads(...)`.
+Instruction sets: one file per set, each with its own flags in `sources`; the file without flags asks
+`__builtin_cpu_supports` at run time. ctypes releases the interpreter lock during a call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+CSRC = Path(__file__).parent / "csrc"
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+# -ffp-contract=fast lets a * b + c become one fused instruction. No -ffast-math: it breaks NaN and inf.
+_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
+
+_lock = threading.Lock()
+_loaded: dict[str, ctypes.CDLL | BuildError] = {}
+
+
+class BuildError(RuntimeError):
+    """The C++ kernels cannot be built here; the text says why and what to do."""
+
+
+@cache
+def _compiler() -> tuple[tuple[str, ...], str] | str:
+    """Return (command, version line) of the C++ compiler, or the reason there is none."""
+    wanted = os.environ.get("CXX")
+    if wanted:
+        command = tuple(shlex.split(wanted))
+    else:
+        found = next((c for c in ("g++", "c++", "clang++") if shutil.which(c)), None)
+        if found is None:
+            return "no C++ compiler (looked for g++, c++ and clang++); install g++ or set CXX"
+        command = (found,)
+    try:
+        out = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as e:
+        return f"the C++ compiler {shlex.join(command)!r} does not run ({e}); install g++ or set CXX"
+    return command, out.splitlines()[0] if out else ""
+
+
+def why_not() -> str | None:
+    """Say why nothing can be compiled here, or None. Cheap after the first call."""
+    if os.environ.get("OPREG_NO_BUILD", "") not in ("", "0"):
+        return "OPREG_NO_BUILD is set; unset it to build the C++ kernels"
+    found = _compiler()
+    return found if isinstance(found, str) else None
+
+
+def cache_dir() -> Path:
+    """Where built libraries are kept: $OPREG_CACHE_DIR, else $XDG_CACHE_HOME/opreg, else ~/.cache/opreg."""
+    own = os.environ.get("OPREG_CACHE_DIR")
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "opreg"
+
+
+def _with_includes(name: str, seen: dict[str, str]) -> dict[str, str]:
+    """Read a source and every header in csrc/ that it includes, so that the digest covers all of them."""
+    if name not in seen:
+        seen[name] = (CSRC / name).read_text(encoding="utf-8")
+        for header in re.findall(r'^\s*#\s*include\s+"([^"]+)"', seen[name], re.M):
+            _with_includes(header, seen)
+    return seen
+
+
+def load(name: str, sources: Mapping[str, Sequence[str]]) -> ctypes.CDLL:
+    """Return the library `name` built from `sources` (file name in csrc/ -> its extra flags), building it at most once.
+
+    Raises BuildError with the reason (no compiler, compiler output); the same reason again at every later call.
+    """
+    with _lock:
+        have = _loaded.get(name)
+        if have is None:
+            try:
+                have = _build(name, sources)
+            except BuildError as e:
+                have = e
+            _loaded[name] = have
+    if isinstance(have, BuildError):
+        raise have
+    return have
+
+
+def _build(name: str, sources: Mapping[str, Sequence[str]]) -> ctypes.CDLL:
+    reason = why_not()
+    if reason is not None:
+        raise BuildError(f"cannot build the C++ kernels {name!r}: {reason}")
+    found = _compiler()
+    command, version = found if isinstance(found, tuple) else ((), "")
+    text: dict[str, str] = {}
+    for source in sources:
+        _with_includes(source, text)
+    key = repr((sorted(text.items()), sorted((s, list(f)) for s, f in sources.items()), _FLAGS, command, version))
+    digest = hashlib.sha256(f"{key}{platform.machine()}".encode()).hexdigest()[:16]
+    target = cache_dir() / f"{name}-{digest}.so"
+    if not target.exists():
+        _compile(name, sources, command, target)
+    try:
+        return ctypes.CDLL(str(target))
+    except OSError as e:
+        raise BuildError(f"the built C++ kernels {name!r} do not load ({e}); delete {target} to build again") from e
+
+
+def _compile(name: str, sources: Mapping[str, Sequence[str]], command: tuple[str, ...], target: Path) -> None:
+    start = time.monotonic()
+    where = f"(once, kept in {target.parent})"
+    print(f"opreg: building the C++ kernels {name!r} {where} ...", end=" ", file=sys.stderr, flush=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{name}-") as tmp:
+            jobs: list[tuple[list[str], subprocess.Popen[str]]] = []
+            objects = []
+            for source, flags in sources.items():
+                objects.append(str(Path(tmp) / f"{source}.o"))
+                line = [*command, *_FLAGS, *flags, "-c", str(CSRC / source), "-o", objects[-1]]
+                jobs.append((line, subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)))
+            results = [(line, job.communicate()[0], job.returncode) for line, job in jobs]
+            if all(code == 0 for _, _, code in results):
+                line = [*command, "-shared", "-fopenmp", *objects, "-o", str(Path(tmp) / target.name)]
+                done = subprocess.run(line, capture_output=True, text=True, check=False)
+                results.append((line, done.stdout + done.stderr, done.returncode))
+            for line, output, code in results:
+                if code != 0:
+                    tail = "\n".join(output.splitlines()[-20:])
+                    raise BuildError(f"cannot build the C++ kernels {name!r}: {shlex.join(line)} failed:\n{tail}")
+            # A rename within one file system is atomic: a second process building the same thing at once does no harm.
+            os.replace(Path(tmp) / target.name, target)
+    except BuildError:
+        print("failed", file=sys.stderr, flush=True)
+        raise
+    except OSError as e:
+        print("failed", file=sys.stderr, flush=True)
+        raise BuildError(
+            f"cannot build the C++ kernels {name!r}: {e}; set OPREG_CACHE_DIR to a writable directory"
+        ) from e
+    print(f"done in {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)

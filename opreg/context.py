@@ -1,0 +1,147 @@
+"""Where a kernel finds its layer: forward_context(), current_layer() and the names that travel through graphs.
+
+A layer name inside a graph is data, never a constant: a 0-d int64 CPU tensor whose value is a hash of the name. It
+enters a graph as an input, so that identical layers give identical graphs, and its meaning does not depend on the
+order in which layers were built or on the process. The same form works on every supported torch and inside nested
+compile regions; torch's value-opaque objects (2.11 and later, private) do neither.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from contextvars import ContextVar, Token
+from typing import Annotated, Any, Union
+
+import torch
+
+from .errors import ContextError, RegistrationError, listing, nearest
+
+
+class LayerNameMark:
+    """What makes a parameter a layer name; put there by `LayerName`."""
+
+    def __repr__(self) -> str:
+        return "LayerName"
+
+
+LayerName = Annotated[Union[str, torch.Tensor], LayerNameMark()]
+"""Annotation of the parameter that names a layer. Callers pass a string; in graphs it is a handle (layer_handle)."""
+
+_NAMES: dict[int, str] = {}
+_HANDLES: dict[str, torch.Tensor] = {}
+
+
+def layer_handle(name: str | torch.Tensor) -> torch.Tensor:
+    """The handle of a layer name: a 0-d int64 CPU tensor, the same object for the same name."""
+    if isinstance(name, torch.Tensor):
+        return name
+    handle = _HANDLES.get(name)
+    return _new_handle(name) if handle is None else handle
+
+
+def _new_handle(name: str) -> torch.Tensor:
+    if not isinstance(name, str):
+        raise TypeError(f"a layer is named by a string (or its handle), not by {type(name).__name__}: {name!r}")
+    number = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
+    other = _NAMES.setdefault(number, name)
+    if other != name:
+        raise RegistrationError(f"layer names '{name}' and '{other}' have the same 64-bit hash; rename one of them")
+    # Made outside any mode: under tracing a fresh tensor would be fake and die with the trace.
+    with torch.utils._python_dispatch._disable_current_modes():
+        handle = torch.tensor(number, dtype=torch.int64)
+    return _HANDLES.setdefault(name, handle)
+
+
+def layer_name(handle: str | torch.Tensor) -> str:
+    """The name behind a handle (a string is returned as it is)."""
+    if isinstance(handle, str):
+        return handle
+    number = int(handle.item())
+    name = _NAMES.get(number)
+    if name is None:
+        raise ContextError(
+            f"{number} is not the handle of a layer name known in this process; "
+            "enter forward_context(layers={name: layer, ...}) with the layer's name before the call"
+        )
+    return name
+
+
+class _Table(dict[Any, tuple[Any, Any]]):
+    """name -> (layer, metadata) of one context, filled as layers are asked for. A hit costs one dict look-up."""
+
+    __slots__ = ("layers", "metadata")
+
+    def __init__(self, layers: Mapping[str, Any] | None, metadata: Any) -> None:
+        self.layers = layers
+        self.metadata = metadata
+
+    def __missing__(self, key: str | torch.Tensor) -> tuple[Any, Any]:
+        name = layer_name(key)
+        if name is not key and name in self:
+            return self[name]
+        if self.layers is None:
+            raise ContextError(
+                f"layer '{name}' was asked for outside any forward context; "
+                "wrap the call in `with opreg.forward_context(layers={...}, metadata=...):`"
+            )
+        if name not in self.layers:
+            raise ContextError(
+                f"no layer '{name}' in the forward context; it has {listing(self.layers)}.{nearest(name, self.layers)}"
+            )
+        metadata = self.metadata
+        if isinstance(metadata, Mapping):
+            if name not in metadata:
+                raise ContextError(
+                    f"the forward context's metadata has no entry for layer '{name}'; it has {listing(metadata)}."
+                    f"{nearest(name, metadata)} Pass metadata=None for a profiling run of all layers."
+                )
+            metadata = metadata[name]
+        found = self[name] = (self.layers[name], metadata)
+        return found
+
+
+_NOWHERE = _Table(None, None)
+_current: ContextVar[_Table] = ContextVar("opreg_forward_context", default=_NOWHERE)
+
+
+def current_layer(layer_name: LayerName) -> tuple[Any, Any]:
+    """(layer, metadata) of a layer in the innermost forward context; ContextError names what is missing."""
+    return _current.get()[layer_name]
+
+
+class forward_context:
+    """Make layers and metadata findable by name for the calls inside the `with` block.
+
+    layers: mapping from layer name to layer object (any object; usually the nn.Module).
+    metadata: None (profiling run: mutated outputs of layer ops become zeros and no kernel runs), one object for all
+        layers, or a mapping from layer name to object, in which every layer that is asked for must have an entry.
+
+    Contexts nest and restore, and are separate per thread and per asyncio task. A context can be entered again after
+    it was left, not while it is active.
+
+        with opreg.forward_context(layers={"layers.0": layer}, metadata=metadata):
+            model(tokens)
+    """
+
+    __slots__ = ("_table", "_token", "layers", "metadata")
+
+    def __init__(self, *, layers: Mapping[str, Any], metadata: Any = None) -> None:
+        if not isinstance(layers, Mapping):
+            raise TypeError(f"forward_context: layers maps names to layer objects; got {type(layers).__name__}")
+        self.layers = layers
+        self.metadata = metadata
+        self._token: Token[_Table] | None = None
+
+    def __enter__(self) -> forward_context:
+        if self._token is not None:
+            raise RuntimeError("this forward_context is already active; make a new one for a nested call")
+        self._token = _current.set(_Table(self.layers, self.metadata))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        token = self._token
+        if token is None:
+            raise RuntimeError("this forward_context was left without having been entered")
+        self._token = None
+        _current.reset(token)

@@ -1,0 +1,356 @@
+"""The front end: from a typed Python function to an OpSpec, or a message that names the parameter and the cure."""
+
+from __future__ import annotations
+
+import collections.abc
+import dis
+import enum
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal, Union
+
+import torch
+
+from . import library
+from .context import LayerNameMark
+from .errors import RegistrationError, SignatureError, nearest
+from .shapes import Shape, ShapeSyntaxError, parse
+from .spec import KINDS, REQUIRED, ArgSpec, Like, OpSpec, ReturnSpec
+
+# A parameter with one of these names and a str or int type names a layer, and would bake it into the graph (HAZARDS 3).
+_LAYER_NAMES = {"layer", "layer_name", "layer_id", "layer_idx", "layer_index", "layer_number", "layer_num", "prefix"}
+
+
+@dataclass
+class _Hint:
+    """An annotation taken apart: the bare type for torch and what opreg reads from the metadata."""
+
+    bare: Any
+    shape: Shape | None = None
+    dtype: torch.dtype | Like | None = None
+    layer: bool = False
+    choices: tuple[Any, ...] | None = None
+
+
+class _Front:
+    """Reads one function. Every complaint starts with the op's name and the parameter."""
+
+    def __init__(self, name: str, fn: Callable[..., Any]) -> None:
+        self.name = name
+        self.fn = fn
+        self.signature = inspect.signature(fn)
+
+    def refuse(self, parameter: str, what: str, cure: str) -> SignatureError:
+        return SignatureError(f"{self.name}: parameter '{parameter}' {what}; {cure}")
+
+    def hints(self) -> dict[str, Any]:
+        # Names of the enclosing function are visible to its annotations too, as they are to its body.
+        cells = inspect.getclosurevars(self.fn).nonlocals if self.fn.__closure__ else {}
+        try:
+            return typing.get_type_hints(self.fn, localns=dict(cells) or None, include_extras=True)
+        except NameError as error:
+            raise SignatureError(
+                f"{self.name}: an annotation names '{error.name}', which is not defined in module "
+                f"'{self.fn.__module__}'; import it there at top level (annotations are read when the op is registered)"
+            ) from error
+
+    def take_apart(self, parameter: str, hint: Any) -> _Hint:
+        if _is_jaxtyping(hint):
+            return self._jaxtyping(parameter, hint)
+        origin = typing.get_origin(hint)
+        if origin is Annotated:
+            return self._annotated(parameter, hint)
+        if origin in (Union, types.UnionType):
+            return self._union(parameter, hint)
+        if origin is Literal:
+            return self._literal(parameter, typing.get_args(hint))
+        if origin in (list, collections.abc.Sequence):
+            inner = self.take_apart(parameter, typing.get_args(hint)[0])
+            if inner.layer:
+                raise self.refuse(parameter, "is a list of layer names", "pass one LayerName per parameter")
+            return replace(inner, bare=list[inner.bare], choices=None)
+        if origin is tuple or hint is tuple:
+            element = typing.get_args(hint)[0] if typing.get_args(hint) else "int"
+            spelling = f"list[{getattr(element, '__name__', element)}]"
+            raise self.refuse(parameter, "is a tuple, which torch schemas lack", f"write {spelling} and pass a list")
+        if isinstance(hint, type) and issubclass(hint, enum.Enum):
+            return self._enum(parameter, hint)
+        return _Hint(hint)
+
+    def _annotated(self, parameter: str, hint: Any) -> _Hint:
+        base, *metadata = typing.get_args(hint)
+        if any(isinstance(item, LayerNameMark) for item in metadata):
+            return _Hint(torch.Tensor, layer=True)
+        found = self.take_apart(parameter, base)
+        for item in metadata:
+            if isinstance(item, str):
+                found.shape = self.contract(parameter, item)
+            elif isinstance(item, (torch.dtype, Like)):
+                found.dtype = item
+        if (found.shape is not None or found.dtype is not None) and not _is_tensor_type(found.bare):
+            raise self.refuse(parameter, f"has a shape contract but is not a tensor: {hint}", "annotate tensors only")
+        return found
+
+    def _union(self, parameter: str, hint: Any) -> _Hint:
+        inner = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+        if len(inner) != 1 or len(inner) == len(typing.get_args(hint)):
+            raise self.refuse(parameter, f"is a union: {hint}", "torch schemas know one type or 'type | None'")
+        found = self.take_apart(parameter, inner[0])
+        if found.layer:
+            raise self.refuse(parameter, "is an optional layer name", "a layer op always names its layer")
+        if found.bare == list[torch.Tensor]:
+            raise self.refuse(
+                parameter,
+                "is 'list[Tensor] | None', which torch schemas lack",
+                "write list[Tensor] and pass [] for none",
+            )
+        return replace(found, bare=typing.Optional[found.bare])  # noqa: UP045 - the form that infer_schema knows
+
+    def _literal(self, parameter: str, values: tuple[Any, ...]) -> _Hint:
+        kinds = {type(value) for value in values}
+        if len(kinds) != 1 or not kinds <= {str, int}:
+            raise self.refuse(parameter, f"is Literal{list(values)}", "use literals that are all str or all int")
+        return _Hint(kinds.pop(), choices=values)
+
+    def _enum(self, parameter: str, hint: type[enum.Enum]) -> _Hint:
+        values = tuple(member.value for member in hint)
+        base = str if issubclass(hint, str) else int if issubclass(hint, int) else None
+        if base is None:
+            raise self.refuse(
+                parameter,
+                f"is the enum {hint.__name__}, whose members are not strings or integers",
+                f"derive it from str or int, as in class {hint.__name__}(str, Enum)",
+            )
+        return _Hint(base, choices=values)
+
+    def _jaxtyping(self, parameter: str, hint: Any) -> _Hint:
+        found = self.take_apart(parameter, hint.array_type)
+        found.shape = self.contract(parameter, " ".join(t.lstrip("#") if t != "#" else t for t in hint.dim_str.split()))
+        return found
+
+    def contract(self, parameter: str, text: str) -> Shape:
+        try:
+            return parse(text)
+        except ShapeSyntaxError as error:
+            raise SignatureError(f"{self.name}: contract of '{parameter}': {error}") from None
+
+
+def _is_jaxtyping(hint: Any) -> bool:
+    return isinstance(hint, type) and all(hasattr(hint, a) for a in ("dim_str", "array_type", "dtypes"))
+
+
+def _is_tensor_type(bare: Any) -> bool:
+    return bare in (torch.Tensor, typing.Optional[torch.Tensor], list[torch.Tensor])  # noqa: UP045
+
+
+def _check_layer_name(front: _Front, parameter: str, bare: Any) -> None:
+    looks_like_layer = parameter in _LAYER_NAMES or parameter.endswith(("_layer_name", "_layer_idx", "_layer_id"))
+    if looks_like_layer and bare in (str, int):
+        raise front.refuse(
+            parameter,
+            f"names a layer as {bare.__name__}, which becomes a constant in every graph and makes like layers differ",
+            f"write {parameter}: LayerName (from opreg); callers keep passing a string",
+        )
+
+
+def read_op(
+    name: str,
+    fn: Callable[..., Any],
+    *,
+    mutates_args: Iterable[str],
+    kind: str | None,
+    tags: tuple[torch.Tag, ...],
+    schema: str | None,
+) -> OpSpec:
+    """Everything a typed function says about its op; SignatureError or RegistrationError where it cannot be an op."""
+    front = _Front(name, fn)
+    mutated = (mutates_args,) if isinstance(mutates_args, str) else tuple(mutates_args)
+    if kind is not None and kind not in KINDS:
+        raise RegistrationError(f"{name}: kind={kind!r} is unknown; kinds are {', '.join(map(repr, KINDS))} or None")
+    parameters = front.signature.parameters
+    for unknown in (m for m in mutated if m not in parameters):
+        raise RegistrationError(
+            f"{name}: mutates_args names '{unknown}', which is no parameter; parameters are "
+            f"{', '.join(parameters)}.{nearest(unknown, parameters)}"
+        )
+    hints = front.hints()
+    args, written = [], []
+    for parameter in parameters.values():
+        arg, text = _read_parameter(front, parameter, hints, mutated)
+        args.append(arg)
+        written.append(text)
+    if sum(arg.layer for arg in args) > 1:
+        raise RegistrationError(f"{name}: more than one LayerName parameter; an op belongs to one layer")
+    returns, returns_tuple = _read_returns(front, hints)
+    _check_names(name, args, returns)
+    _check_effect(name, args, returns)
+    return OpSpec(
+        name=name,
+        args=tuple(args),
+        returns=returns,
+        returns_tuple=returns_tuple,
+        schema=schema or _schema(args, written, returns, returns_tuple),
+        kind=kind,
+        tags=tags,
+        doc=inspect.getdoc(fn) or "",
+        source=source_of(fn),
+        has_body=not _is_declaration(fn),
+    )
+
+
+def _read_parameter(
+    front: _Front, parameter: inspect.Parameter, hints: dict[str, Any], mutated: tuple[str, ...]
+) -> tuple[ArgSpec, str]:
+    if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+        raise front.refuse(parameter.name, "is *args or **kwargs", "a schema lists every argument by name and type")
+    if parameter.kind is parameter.POSITIONAL_ONLY:
+        raise front.refuse(parameter.name, "is positional-only", "remove the '/' from the signature")
+    if parameter.name not in hints:
+        raise front.refuse(parameter.name, "has no annotation", f"write {parameter.name}: Tensor (or its type)")
+    hint = front.take_apart(parameter.name, hints[parameter.name])
+    _check_layer_name(front, parameter.name, hint.bare)
+    if isinstance(hint.dtype, Like):
+        raise front.refuse(parameter.name, "is an input with like(...)", "like() belongs to outputs")
+    if parameter.name in mutated and (hint.layer or not _is_tensor_type(hint.bare)):
+        raise front.refuse(parameter.name, f"is in mutates_args but is {hint.bare}", "only tensors can be mutated")
+    default = REQUIRED if parameter.default is parameter.empty else parameter.default
+    if isinstance(default, enum.Enum):
+        default = default.value
+    if hint.choices is not None and default is not REQUIRED and default is not None and default not in hint.choices:
+        raise front.refuse(parameter.name, f"has default {default!r}", f"choose one of {list(hint.choices)}")
+    arg = ArgSpec(
+        name=parameter.name,
+        type="",
+        shape=hint.shape,
+        dtype=hint.dtype,
+        default=default,
+        keyword_only=parameter.kind is parameter.KEYWORD_ONLY,
+        mutated=parameter.name in mutated,
+        layer=hint.layer,
+        choices=hint.choices,
+    )
+    bare = parameter.replace(
+        annotation=hint.bare,
+        default=parameter.empty if default is REQUIRED else default,
+        kind=parameter.POSITIONAL_OR_KEYWORD,
+    )
+    written = _schema_of_parameter(front, bare)
+    return replace(arg, type=written.split(" ", 1)[0]), written
+
+
+def _schema_of_parameter(front: _Front, parameter: inspect.Parameter) -> str:
+    """'Tensor? bias=None', 'SymInt n', ...; torch is asked for one parameter at a time so that the message is short."""
+    # The common case without a call into torch (30 us each).
+    if parameter.annotation is torch.Tensor and parameter.default is parameter.empty:
+        return f"Tensor {parameter.name}"
+    try:
+        schema = library.infer_schema(inspect.Signature([parameter], return_annotation=None), ())
+    except (ValueError, TypeError):
+        known = "Tensor, int, float, bool, str, torch.dtype, torch.device, list[...] of these, '... | None', Literal"
+        default = "" if parameter.default is parameter.empty else f" and default {parameter.default!r}"
+        raise front.refuse(
+            parameter.name,
+            f"has type {_show(parameter.annotation)}{default}, which torch schemas lack",
+            f"use one of {known}, with a default of that type",
+        ) from None
+    return schema[1 : schema.rindex(") ->")]
+
+
+def _show(annotation: Any) -> str:
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
+
+
+def _read_returns(front: _Front, hints: dict[str, Any]) -> tuple[tuple[ReturnSpec, ...], bool]:
+    if "return" not in hints:
+        raise SignatureError(f"{front.name}: no return annotation; write '-> Tensor', or '-> None' if it only mutates")
+    hint = hints["return"]
+    if hint is type(None) or hint is None:
+        return (), False
+    if isinstance(hint, type) and issubclass(hint, tuple) and hasattr(hint, "_fields"):
+        fields = ", ".join("Tensor" for _ in hint._fields)
+        raise SignatureError(
+            f"{front.name}: returns the NamedTuple {hint.__name__}, which torch schemas lack; "
+            f"write '-> tuple[{fields}]' and name the fields in the caller"
+        )
+    many = typing.get_origin(hint) is tuple
+    elements = typing.get_args(hint) if many else (hint,)
+    if many and Ellipsis in elements:
+        raise SignatureError(f"{front.name}: returns a tuple of unknown length; write '-> list[Tensor]'")
+    found = []
+    for index, element in enumerate(elements):
+        part = front.take_apart(f"return[{index}]" if many else "return", element)
+        if part.bare not in (torch.Tensor, list[torch.Tensor], int, float, bool):
+            raise SignatureError(
+                f"{front.name}: returns {_show(part.bare)}, which torch schemas lack; "
+                "return Tensor, list[Tensor], int, float, bool or a tuple of these"
+            )
+        found.append(part)
+    names = {torch.Tensor: "Tensor", int: "SymInt", float: "float", bool: "bool"}
+    specs = tuple(ReturnSpec(names.get(p.bare, "Tensor[]"), p.shape, p.dtype) for p in found)
+    return specs, many
+
+
+def _check_names(name: str, args: list[ArgSpec], returns: tuple[ReturnSpec, ...]) -> None:
+    """Every name of an output or an expression must be bound by an input before it is used."""
+    bound = {arg.name for arg in args if arg.type in ("SymInt", "int", "SymInt?")}
+    for arg in args:
+        for dim in arg.shape.dims if arg.shape else ():
+            for used in (n for n in dim.names if dim.kind == "expr" and n not in bound):
+                raise RegistrationError(
+                    f"{name}: contract of '{arg.name}' computes with '{used}' before any earlier argument defines it"
+                )
+            bound.update(dim.names)
+    tensors = [arg.name for arg in args if arg.is_tensor]
+    for result in returns:
+        for dim in result.shape.dims if result.shape else ():
+            if dim.kind == "any" or (dim.kind == "star" and not dim.names):
+                raise RegistrationError(
+                    f"{name}: '{dim.text}' in the output's contract has no size; name the dimension"
+                )
+            for used in (n for n in dim.names if n not in bound):
+                raise RegistrationError(
+                    f"{name}: the output's dim '{used}' is defined by no input; inputs define {sorted(bound)}."
+                    f"{nearest(used, bound)}"
+                )
+        if isinstance(result.dtype, Like) and result.dtype.name not in tensors:
+            raise RegistrationError(
+                f"{name}: like('{result.dtype.name}') names no tensor argument; there are {tensors}."
+                f"{nearest(result.dtype.name, tensors)}"
+            )
+
+
+def _check_effect(name: str, args: list[ArgSpec], returns: tuple[ReturnSpec, ...]) -> None:
+    if not returns and not any(arg.mutated for arg in args):
+        raise RegistrationError(
+            f"{name}: returns nothing and mutates nothing, so every compiler removes it; name what it writes in "
+            "mutates_args=(...), or return a tensor that the caller uses"
+        )
+
+
+def _schema(args: list[ArgSpec], written: list[str], returns: tuple[ReturnSpec, ...], many: bool) -> str:
+    """The schema string '(Tensor(a0!) out, *, float eps=1e-6) -> Tensor'."""
+    parts = []
+    for index, (arg, text) in enumerate(zip(args, written, strict=True)):
+        if arg.keyword_only and "*" not in parts:
+            parts.append("*")
+        parts.append(text.replace("Tensor", f"Tensor(a{index}!)", 1) if arg.mutated else text)
+    results = ", ".join(result.type for result in returns)
+    return f"({', '.join(parts)}) -> {results if len(returns) == 1 and not many else f'({results})'}"
+
+
+def source_of(fn: Callable[..., Any]) -> str:
+    """'path/of/file.py:12' of a function, or its module where there is no file."""
+    code = getattr(inspect.unwrap(fn), "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code else str(getattr(fn, "__module__", "?"))
+
+
+def _is_declaration(fn: Callable[..., Any]) -> bool:
+    """Whether the body is only a docstring and '...': the op is declared, its reference is a kernel."""
+    nothing = {"RESUME", "NOP", "LOAD_CONST", "RETURN_CONST", "RETURN_VALUE", "COPY_FREE_VARS"}
+    return all(
+        step.opname in nothing and (step.opname not in ("LOAD_CONST", "RETURN_CONST") or step.argval is None)
+        for step in dis.get_instructions(fn)
+    )

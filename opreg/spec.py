@@ -1,0 +1,160 @@
+"""Frozen facts about an op and its kernels."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .shapes import Shape
+
+KINDS = ("attention",)
+"""What `kind=` may say. Graphs are split at "attention" ops."""
+
+REFERENCE = "reference"
+"""Name of the kernel that defines an op's meaning: its body, or the kernel registered for every device at -100."""
+
+REFERENCE_PRIORITY = -100
+
+
+class _Required:
+    def __repr__(self) -> str:
+        return "required"
+
+
+REQUIRED = _Required()
+
+
+@dataclass(frozen=True)
+class Like:
+    """Output metadata: 'dtype and device of this argument'. Made by `like("q")`."""
+
+    name: str
+
+
+def like(name: str) -> Like:
+    """For an output, `Annotated[Tensor, "t h", like("q")]`: dtype and device follow `q`, not the first tensor."""
+    return Like(name)
+
+
+@dataclass(frozen=True)
+class ArgSpec:
+    """One parameter: schema type ("Tensor", "Tensor?", "SymInt", ...), contract and role."""
+
+    name: str
+    type: str
+    shape: Shape | None = None
+    dtype: torch.dtype | None = None
+    default: Any = REQUIRED
+    keyword_only: bool = False
+    mutated: bool = False
+    layer: bool = False
+    choices: tuple[Any, ...] | None = None
+
+    @property
+    def is_tensor(self) -> bool:
+        """A single tensor (possibly optional) that is not a layer handle."""
+        return self.type in ("Tensor", "Tensor?") and not self.layer
+
+    @property
+    def optional(self) -> bool:
+        return self.type.endswith("?")
+
+
+@dataclass(frozen=True)
+class ReturnSpec:
+    """One returned value; `shape` None means that no contract was given."""
+
+    type: str
+    shape: Shape | None = None
+    dtype: torch.dtype | Like | None = None
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One way to compute an op. device_types None: every device. target: callable or "module:function"."""
+
+    name: str
+    device_types: tuple[str, ...] | None
+    target: str | Callable[..., Any]
+    requires: tuple[str, ...] = ()
+    why_not: str | Callable[..., str | None] | None = None
+    priority: int = 0
+    source: str = field(default="", compare=False)
+
+    def takes(self, device_type: str) -> bool:
+        return self.device_types is None or device_type in self.device_types
+
+    @property
+    def devices(self) -> str:
+        return "any" if self.device_types is None else " ".join(self.device_types)
+
+    def missing(self) -> str | None:
+        """'needs triton' for a required module that is not installed; found with find_spec, never imported."""
+        absent = [name for name in self.requires if not _installed(name)]
+        return f"needs {', '.join(absent)}" if absent else None
+
+
+def _installed(module: str) -> bool:
+    parent = module.rpartition(".")[0]
+    # find_spec of a dotted name imports the parent and raises if it is absent, so parents are looked for first.
+    return (not parent or _installed(parent)) and importlib.util.find_spec(module) is not None
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """What an op is: name, parameters, returns, schema, kind, tags, where it was declared."""
+
+    name: str
+    args: tuple[ArgSpec, ...]
+    returns: tuple[ReturnSpec, ...]
+    returns_tuple: bool
+    schema: str
+    kind: str | None
+    tags: tuple[torch.Tag, ...]
+    doc: str
+    source: str
+    has_body: bool
+
+    @property
+    def namespace(self) -> str:
+        return self.name.partition("::")[0]
+
+    @property
+    def mutates(self) -> tuple[str, ...]:
+        return tuple(arg.name for arg in self.args if arg.mutated)
+
+    @property
+    def layer_arg(self) -> ArgSpec | None:
+        return next((arg for arg in self.args if arg.layer), None)
+
+    @property
+    def first_tensor(self) -> ArgSpec | None:
+        """The argument whose device chooses the kernel: the first tensor that is always there."""
+        return next((arg for arg in self.args if arg.is_tensor and not arg.optional), None)
+
+    @property
+    def has_contract(self) -> bool:
+        return any(arg.shape is not None or arg.dtype is not None for arg in self.args)
+
+    @property
+    def summary(self) -> str:
+        """First sentence of the docstring."""
+        return self.doc.strip().split("\n", 1)[0].strip()
+
+    def digest(self, fake_source: str = "") -> str:
+        """Hash of what a compiled graph may rely on: schema, contract, kind, tags and where the fake comes from."""
+        facts = [
+            self.name,
+            self.schema,
+            str(self.kind),
+            *sorted(str(tag) for tag in self.tags),
+            *(f"{a.name}:{a.shape}:{a.dtype}:{a.layer}:{a.choices}" for a in self.args),
+            *(f"->{r.type}:{r.shape}:{r.dtype}" for r in self.returns),
+            fake_source,
+        ]
+        return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]

@@ -1,0 +1,150 @@
+"""How pages lie in HBM and in the kernel's buffers, and how one KV head's keys and values come out of them."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+HND = "HND"
+NHD = "NHD"
+
+
+def packing(dtype) -> int:
+    """Values of `dtype` in a 32-bit word."""
+    return 4 // jnp.dtype(dtype).itemsize
+
+
+def pack_words(kv_pages: jax.Array) -> jax.Array:
+    """Token-major pages [pages, rows, head_dim] as the words that the TPU's registers hold: `packing` rows to a word.
+
+    On a TPU this is a change of type without a move. Interpret mode cannot change a ref's type, so there the words are made
+    outside the kernel.
+    """
+    pages, rows, head_dim = kv_pages.shape
+    n = packing(kv_pages.dtype)
+    split = kv_pages.reshape(pages, rows // n, n, head_dim).swapaxes(2, 3)
+    return lax.bitcast_convert_type(split, jnp.uint32)
+
+
+@dataclass(frozen=True)
+class PageReader:
+    """Buffer shapes and loads of one layout.
+
+    HND pages are [2*heads, page_size, head_dim]; a buffer is [2, 2*heads, tokens, head_dim].
+    NHD pages are taken as [page_size*2*heads, head_dim]; a buffer is [2, tokens*2*heads, head_dim], and a head's rows are
+    every so-many-th of its 32-bit words (K and V of a 16-bit head share a word).
+    """
+
+    layout: str
+    kv_heads: int
+    kv_dtype: jnp.dtype
+    packed_input: bool = False
+
+    @property
+    def rows_per_tile(self) -> int:
+        """Tokens in a register tile of the buffer, the unit of clear_values."""
+        return 8 * packing(self.kv_dtype) if self.layout == HND else 8
+
+    @property
+    def words_per_token(self) -> int:
+        """Rows of 32-bit words that one token takes in an NHD buffer."""
+        return 2 * self.kv_heads // packing(self.kv_dtype)
+
+    @property
+    def buffer_dtype(self) -> jnp.dtype:
+        """Element type of the buffer."""
+        return jnp.dtype(jnp.uint32) if self.packed_input else self.kv_dtype
+
+    def rows_per_token(self) -> int:
+        """Rows of the buffer (in its element type) that one token takes in an NHD buffer."""
+        return self.words_per_token if self.packed_input else 2 * self.kv_heads
+
+    def buffer_shape(self, tokens: int, head_dim: int) -> tuple[int, ...]:
+        """Shape of the double buffer."""
+        if self.layout == HND:
+            return (2, 2 * self.kv_heads, tokens, head_dim)
+        return (2, tokens * self.rows_per_token(), head_dim)
+
+    def page_refs(self, kv_pages, buffer, page, slot, index, page_size: int):
+        """Where a page is and where it goes, as the block's `index`-th."""
+        if self.layout == HND:
+            at = pl.ds(pl.multiple_of(index * page_size, page_size), page_size)
+            return kv_pages.at[page], buffer.at[slot, :, at, :]
+        rows = page_size * self.rows_per_token()
+        return kv_pages.at[page], buffer.at[slot, pl.ds(pl.multiple_of(index * rows, rows), rows), :]
+
+    def _words(self, buffer, slot, row, count: int):
+        """Strided rows of 32-bit words: word `row` of each of `count` tokens from token 0 of `row`'s origin."""
+        stride = self.words_per_token
+        view = buffer.at[slot]
+        if packing(self.kv_dtype) > 1 and not self.packed_input:
+            view = view.bitcast(jnp.uint32)
+        return view[pl.ds(row, count, stride=stride), :]
+
+    def load(self, buffer, slot, head: int, start, count: int, dtype):
+        """Keys and values [count, head_dim] of one KV head, from token `start` of the buffer on, in `dtype`."""
+        if self.layout == HND:
+            at = pl.ds(start, count)
+            return widen(buffer[slot, 2 * head, at, :], dtype), widen(buffer[slot, 2 * head + 1, at, :], dtype)
+        n = packing(self.kv_dtype)
+        base = start * self.words_per_token
+        if n == 1:
+            return tuple(self._words(buffer, slot, base + 2 * head + i, count).astype(dtype) for i in (0, 1))
+        words = self._words(buffer, slot, base + 2 * head // n, count)
+        place = 2 * head % n
+        return tuple(unpack(words, place + i, self.kv_dtype, dtype) for i in (0, 1))
+
+    def clear_values(self, buffer, slot, start, keep) -> None:
+        """Zero the values of `rows_per_tile` tokens from `start` on, except the first `keep` (which may be negative)."""
+        count = self.rows_per_tile
+        if self.layout == HND:
+            for head in range(self.kv_heads):
+                at = (slot, 2 * head + 1, pl.ds(start, count), slice(None))
+                value = buffer[at].astype(jnp.float32)
+                kept = lax.broadcasted_iota(jnp.int32, value.shape, 0) < keep
+                buffer[at] = jnp.where(kept, value, 0.0).astype(self.kv_dtype)
+            return
+        # Keys go too: their logits are masked, so any finite value will do.
+        rows = self.rows_per_token()
+        at = (slot, pl.ds(start * rows, count * rows), slice(None))
+        value = buffer[at]
+        kept = lax.broadcasted_iota(jnp.int32, value.shape, 0) < keep * rows
+        if value.dtype == jnp.uint32:
+            buffer[at] = jnp.where(kept, value, jnp.uint32(0))
+        else:
+            buffer[at] = jnp.where(kept, value.astype(jnp.float32), 0.0).astype(value.dtype)
+
+
+def widen(x, dtype):
+    """`x` in `dtype`; 8-bit types go through float32, which every chip can do."""
+    if x.dtype == dtype:
+        return x
+    return x.astype(jnp.float32).astype(dtype)
+
+
+def unpack(words, place: int, kv_dtype, dtype):
+    """The `place`-th value of every word, in `dtype`."""
+    if kv_dtype == jnp.bfloat16:
+        high = words << 16 if place == 0 else words & jnp.uint32(0xFFFF0000)
+        return lax.bitcast_convert_type(high, jnp.float32).astype(dtype)
+    byte = lax.bitcast_convert_type(words << (24 - 8 * place), jnp.int32) >> 24  # sign extended
+    if kv_dtype == jnp.int8:
+        return byte.astype(jnp.float32).astype(dtype)
+    return float8_bits(byte, kv_dtype).astype(dtype)
+
+
+def float8_bits(byte, kv_dtype):
+    """Float32 values of sign-extended 8-bit patterns.
+
+    Built from the fields because a float32 made by shifting the bits into place would be subnormal where the 8-bit value is, and
+    TPUs flush those to zero.
+    """
+    mantissa_bits, bias = (3, 7) if kv_dtype == jnp.float8_e4m3fn else (2, 15)
+    magnitude = byte & 0x7F
+    shifted = magnitude << (23 - mantissa_bits)
+    normal = lax.bitcast_convert_type(shifted + ((127 - bias) << 23), jnp.float32)
+    small = magnitude.astype(jnp.float32) * 2.0 ** (1 - bias - mantissa_bits)
+    value = jnp.where(magnitude < (1 << mantissa_bits), small, normal)
+    return jnp.where(byte < 0, -value, value)

@@ -14,7 +14,9 @@ from contextvars import ContextVar, Token
 from typing import Annotated, Any, Union
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
+from . import _compat
 from .errors import ContextError, RegistrationError, listing, nearest
 
 
@@ -29,28 +31,41 @@ LayerName = Annotated[Union[str, torch.Tensor], LayerNameMark()]
 """Annotation of the parameter that names a layer. Callers pass a string; in graphs it is a handle (layer_handle)."""
 
 _NAMES: dict[int, str] = {}
-_HANDLES: dict[str, torch.Tensor] = {}
+
+
+class _Handles:
+    """One attribute per layer name. An object, not a dict: Dynamo looks attributes up when it needs them, so a handle
+    made while a graph is traced is found, and making one later invalidates no graph (a dict is guarded as a whole)."""
+
+
+_HANDLES = _Handles()
+
+
+def _handle_key(name: str) -> str:
+    """The attribute of _HANDLES that holds the handle of `name`, made if new. Run for real while Dynamo traces."""
+    if not isinstance(name, str):
+        raise TypeError(f"a layer is named by a string (or its handle), not by {type(name).__name__}: {name!r}")
+    number = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
+    key = f"h{number & (2**64 - 1):016x}"
+    other = _NAMES.setdefault(number, name)
+    if other != name:
+        raise RegistrationError(f"layer names '{name}' and '{other}' have the same 64-bit hash; rename one of them")
+    if not hasattr(_HANDLES, key):
+        # Outside any mode: under tracing a fresh tensor would be fake and die with the trace.
+        with _disable_current_modes():
+            setattr(_HANDLES, key, torch.tensor(number, dtype=torch.int64))
+    return key
+
+
+_compat.constant_under_dynamo(_handle_key)
 
 
 def layer_handle(name: str | torch.Tensor) -> torch.Tensor:
     """The handle of a layer name: a 0-d int64 CPU tensor, the same object for the same name."""
-    if isinstance(name, torch.Tensor):
-        return name
-    handle = _HANDLES.get(name)
-    return _new_handle(name) if handle is None else handle
-
-
-def _new_handle(name: str) -> torch.Tensor:
-    if not isinstance(name, str):
-        raise TypeError(f"a layer is named by a string (or its handle), not by {type(name).__name__}: {name!r}")
-    number = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
-    other = _NAMES.setdefault(number, name)
-    if other != name:
-        raise RegistrationError(f"layer names '{name}' and '{other}' have the same 64-bit hash; rename one of them")
-    # Made outside any mode: under tracing a fresh tensor would be fake and die with the trace.
-    with torch.utils._python_dispatch._disable_current_modes():
-        handle = torch.tensor(number, dtype=torch.int64)
-    return _HANDLES.setdefault(name, handle)
+    if isinstance(name, str):
+        handle: torch.Tensor = getattr(_HANDLES, _handle_key(name))
+        return handle
+    return name
 
 
 def layer_name(handle: str | torch.Tensor) -> str:

@@ -117,6 +117,12 @@ def _require_equal(
         check(known == size, cause)
 
 
+def _number(size: Any) -> str:
+    """A size for a message: of a symbolic one, the number it has in this call where that is known."""
+    hint = None if isinstance(size, int) else getattr(getattr(size, "node", None), "hint", None)
+    return str(size if hint is None else hint)
+
+
 def no_check(condition: Any, cause: Callable[[], str]) -> None:
     """Stand-in for torch._check where all sizes are plain ints."""
     if not condition:
@@ -162,14 +168,21 @@ class Binding:
         if dim.kind == "star":
             self._bind_star(arg, dim, size, check)
         elif dim.kind == "size":
-            _require_equal(int(dim.text), size, lambda: f"'{shape}' wants {dim.text} but {arg} has {size}", check)
+            _require_equal(
+                int(dim.text), size, lambda: f"'{shape}' wants {dim.text} but {arg} has {_number(size)}", check
+            )
         elif dim.kind == "expr":
             known = dim.size(self.sizes)
             values = ", ".join(f"{n}={self.sizes[n]}" for n in dim.names)
             _require_equal(known, size, lambda: f"dim '{dim.text}' is {known} ({values}) but {size} in {arg}", check)
         elif dim.text in self.sizes:
             known, where = self.sizes[dim.text], self.seen_in[dim.text]
-            _require_equal(known, size, lambda: f"dim '{dim.text}' is {size} in {arg} but {known} in {where}", check)
+            _require_equal(
+                known,
+                size,
+                lambda: f"dim '{dim.text}' is {_number(size)} in {arg} but {_number(known)} in {where}",
+                check,
+            )
         else:
             self.sizes[dim.text], self.seen_in[dim.text] = size, arg
 

@@ -1,0 +1,37 @@
+"""Every difference between the supported torch versions (2.8 to 2.13) and the private names of torch opreg leans on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+TESTED = ((2, 8), (2, 13))
+"""First and last torch minor version that the test-suite runs on."""
+
+
+def torch_version() -> tuple[int, int]:
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def trace_instead(fn: F, body: Callable[..., Any]) -> F:
+    These attributes are private but unchanged from torch 2.1 to 2.13. torch._dynamo.substitute_in_graph would say
+    the same, but importing torch._dynamo costs 1.5 s at registration.
+    These attributes are private but unchanged from torch 2.1 to 2.13. torch._dynamo.substitute_in_graph would say the
+    same, but importing torch._dynamo costs 1.5 s at registration.
+    """
+    fn._torchdynamo_inline = body  # type: ignore[attr-defined]
+    fn._torchdynamo_orig_callable = body  # type: ignore[attr-defined]
+    # 2.12 and later follow the line above only where this one names the function itself.
+    fn._torchdynamo_wrapper_id = id(fn)  # type: ignore[attr-defined]
+    return fn
+
+
+def constant_under_dynamo(fn: F) -> F:
+    """torch.compiler.assume_constant_result without its import of torch._dynamo (1.5 s)."""
+    fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return fn

@@ -1,0 +1,382 @@
+"""register_op, and what it returns: a plain function of the op's arity that carries the methods of its Op."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast, overload
+
+import torch
+
+from . import _compat, call, devices, fake, library, registry, select, signature
+from .errors import DuplicateOpError, RegistrationError, SignatureError
+from .spec import REFERENCE, REFERENCE_PRIORITY, KernelSpec, OpSpec
+
+P = ParamSpec("P")
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
+
+Inputs = Callable[[torch.device, torch.dtype, torch.Generator], Iterable[dict[str, Any]]]
+
+
+class Op(Generic[P, R]):
+    """One registered operator: its frozen spec and what was added to it since."""
+
+    def __init__(self, spec: OpSpec, body: Callable[P, R]) -> None:
+        self.spec = spec
+        self.body = body
+        self.name = spec.name
+        self.kernels: list[KernelSpec] = []
+        self.explicit_fake: Callable[..., Any] | None = None
+        self.has_autograd = False
+        self.has_vmap = False
+        self.inputs: Inputs | None = None
+        self.tolerances: dict[torch.dtype, tuple[float, str]] = {}
+        self.forced_somewhere = 0
+        self._lock = threading.Lock()
+        if spec.has_body:
+            self.kernels.append(KernelSpec(REFERENCE, None, body, (), None, REFERENCE_PRIORITY, spec.source))
+
+    def define(self) -> None:
+        """Make the torch operator. Called once, by register_op."""
+        if library.is_defined(self.name):
+            raise DuplicateOpError(
+                f"{self.name} is already a torch operator, defined outside opreg with schema "
+                f"{library.overload(self.name)._schema}; choose another name"
+            )
+        self.overload = library.define(self.name, self.spec.schema, self.spec.tags)
+        self.calls = call.Calls(self)
+        library.implement(self.name, self.calls.entry)
+        library.fake(self.name, fake.make_fake(self))
+        self.function = cast(OpFunction[P, R], self.calls.public)
+        self._dress(self.calls.public)
+        if self.spec.layer_arg is not None:
+            self._define_named()
+
+    def _define_named(self) -> None:
+        """The overload `ns::op.named`, whose layer is a plain string, for code that calls torch.ops with one."""
+        layer = self.spec.layer_arg
+        if layer is None:
+            raise RegistrationError(f"{self.name}: has no layer to name")
+        schema = self.spec.schema.replace(f"Tensor {layer.name}", f"str {layer.name}", 1)
+        library.define(f"{self.name}.named", schema, self.spec.tags)
+        # Composite: it becomes the default overload with a handle before any compiler sees it.
+        library.implement(f"{self.name}.named", self.calls.traced, "CompositeImplicitAutograd")
+
+    def _dress(self, fn: Any) -> None:
+        """Make the generated function look like the decorated one and carry this op's methods."""
+        for attribute in ("__module__", "__name__", "__qualname__", "__doc__", "__annotations__"):
+            setattr(fn, attribute, getattr(self.body, attribute))
+        fn.__wrapped__ = self.body
+        fn.op = self
+        fn.name, fn.spec, fn.overload = self.name, self.spec, self.overload
+        for method in _METHODS:
+            setattr(fn, method, getattr(self, method))
+        self.calls.traced.__name__ = fn.__name__
+        _compat.trace_instead(fn, self.calls.traced)
+
+    @property
+    def declaration(self) -> tuple[str, str, bytes]:
+        """What must be equal for a second registration under this name to be the same one, met again."""
+        return self.spec.digest(), self.body.__module__, self.body.__code__.co_code
+
+    def call_with(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        return call.call_with(self.spec, fn, args)
+
+    def gather(self, many: Callable[[tuple[Any, ...]], Any]) -> Callable[..., Any]:
+        return call.gather(self.spec, many)
+
+    def force(self, change: int) -> None:
+        """Count of active use_kernel blocks; runners are rebuilt when it leaves or reaches zero."""
+        with self._lock:
+            before = self.forced_somewhere
+            self.forced_somewhere += change
+            if bool(before) != bool(self.forced_somewhere):
+                self.calls.reset()
+
+    # What users call. Words and meanings are torch.library's where it has them.
+
+    def register_kernel(
+        self,
+        device_types: str | Iterable[str] | None,
+        target: str | Callable[..., Any] | None = None,
+        *,
+        requires: str | Iterable[str] = (),
+        why_not: str | Callable[..., str | None] | None = None,
+        priority: int = 0,
+    ) -> Any:
+        """Add a kernel for one or several device types (None: every device). Usable as a decorator without `target`.
+
+        target: a callable, or "module:function", imported at first use. Its parameters are the op's, in the same order.
+        requires: module names; the kernel is left out, with that reason, where one is not installed. Never imported here.
+        why_not: takes the op's arguments; returns None to accept the call, or the reason for refusing it.
+        priority: the largest that accepts wins; two kernels with equal priority on one device are an error.
+
+        Raises RegistrationError (tie, duplicate), SignatureError (other parameters), UnknownOpError (device type).
+        """
+        if target is None:
+
+            def decorate(fn: Callable[..., Any]) -> Callable[..., Any]:
+                self.register_kernel(device_types, fn, requires=requires, why_not=why_not, priority=priority)
+                return fn
+
+            return decorate
+        kernel = self._kernel_spec(device_types, target, requires, why_not, priority)
+        if callable(target):
+            select.check_signature(self, kernel.name, target)
+        if callable(why_not):
+            select.check_signature(self, f"{kernel.name} (why_not)", why_not)
+        with self._lock:
+            known = next((k for k in self.kernels if k.name == kernel.name), None)
+            if known is not None:
+                if _same_kernel(known, kernel):
+                    return target
+                raise RegistrationError(
+                    f"{self.name}: there is already a kernel '{kernel.name}' for {known.devices} ({known.target}); "
+                    "rename the function, or register it once with all its device types"
+                )
+            self._refuse_tie(kernel)
+            self.kernels = sorted([*self.kernels, kernel], key=lambda k: -k.priority)
+            self.calls.reset()
+        return target
+
+    def _kernel_spec(
+        self,
+        device_types: str | Iterable[str] | None,
+        target: str | Callable[..., Any],
+        requires: str | Iterable[str],
+        why_not: str | Callable[..., str | None] | None,
+        priority: int,
+    ) -> KernelSpec:
+        if isinstance(target, str) and (target.count(":") != 1 or not all(target.split(":"))):
+            raise RegistrationError(
+                f"{self.name}: kernel target '{target}' is not of the form 'package.module:function'"
+            )
+        types = (device_types,) if isinstance(device_types, str) else device_types
+        return KernelSpec(
+            name=REFERENCE if priority == REFERENCE_PRIORITY and types is None else _kernel_name(target),
+            device_types=None if types is None else tuple(devices.check(t, self.name) for t in types),
+            target=target,
+            requires=(requires,) if isinstance(requires, str) else tuple(requires),
+            why_not=why_not,
+            priority=priority,
+            source=target if isinstance(target, str) else signature.source_of(target),
+        )
+
+    def _refuse_tie(self, kernel: KernelSpec) -> None:
+        for other in self.kernels:
+            overlap = kernel.device_types is None or other.device_types is None
+            overlap = overlap or bool(set(kernel.device_types or ()) & set(other.device_types or ()))
+            if overlap and other.priority == kernel.priority:
+                raise RegistrationError(
+                    f"{self.name}: kernels '{other.name}' ({other.devices}) and '{kernel.name}' ({kernel.devices}) "
+                    f"both have priority {kernel.priority}; give one a larger priority=, the larger wins"
+                )
+
+    def register_fake(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Make `fn` the fake implementation (shapes only), instead of the one derived from the contract."""
+        if self.explicit_fake is not None and self.explicit_fake.__code__ is not fn.__code__:
+            raise RegistrationError(
+                f"{self.name}: a fake is already registered at {signature.source_of(self.explicit_fake)}"
+            )
+        select.check_signature(self, "fake", fn)
+        self.explicit_fake = fn
+        return fn
+
+    def register_autograd(
+        self, backward: Callable[..., Any], /, *, setup_context: Callable[..., Any] | None = None
+    ) -> None:
+        """Register the backward formula; both arguments as in torch.library.register_autograd."""
+        if self.spec.mutates:
+            raise RegistrationError(
+                f"{self.name}: mutates {', '.join(self.spec.mutates)}, so it can have no backward formula; write a "
+                "functional op for training and let it return what it computes"
+            )
+        library.autograd(self.name, backward, setup_context)
+        self.has_autograd = True
+
+    def register_vmap(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Register the batching rule, `fn(info, in_dims, *args) -> (outputs, out_dims)`."""
+        library.vmap(self.name, fn)
+        self.has_vmap = True
+        return fn
+
+    def register_inputs(self, fn: Inputs) -> Inputs:
+        """Register sample calls: `fn(device, dtype, generator)` yields dicts of keyword arguments, one per call.
+
+        A layer op yields inside `with forward_context(...)`. Used by `opreg check`, `opreg bench` and tests.
+        """
+        self.inputs = fn
+        return fn
+
+    def samples(
+        self, device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
+    ) -> Iterator[dict[str, Any]]:
+        """The registered sample calls, reproducible from the seed."""
+        if self.inputs is None:
+            raise RegistrationError(f"{self.name}: no inputs are registered; add some with register_inputs")
+        generator = torch.Generator().manual_seed(seed)
+        yield from self.inputs(torch.device(device), dtype, generator)
+
+    def tolerance(self, dtype: torch.dtype, rms: float, why: str) -> None:
+        """Allow a relative RMS error of `rms` against the fp32 reference for inputs of this dtype, and say why."""
+        if not rms >= 0 or not why:
+            raise RegistrationError(f"{self.name}: tolerance({dtype}, {rms}, {why!r}) needs rms >= 0 and a reason")
+        self.tolerances[dtype] = (rms, why)
+
+    def explain(self, *args: Any, **kwargs: Any) -> select.Explanation:
+        """Which kernel runs and why the others do not: for these arguments, or for the default device without any."""
+        if not args and not kwargs:
+            return select.explain(self, devices.present()[0])
+        everything = self.gather(lambda values: values)(*args, **kwargs)
+        return select.explain(self, self.device_of(everything), everything)
+
+    def device_of(self, args: tuple[Any, ...]) -> str:
+        """Device type that chooses the kernel for a call with all arguments given in order."""
+        for arg, value in zip(self.spec.args, args, strict=True):
+            if arg.is_tensor and value is not None:
+                return cast(str, value.device.type)
+        return devices.present()[0]
+
+    def check(self) -> Any:
+        """Everything `opreg check` does, for this op; returns its report."""
+        from . import testing
+
+        return testing.check_op(self)
+
+
+_METHODS = (
+    "register_kernel",
+    "register_fake",
+    "register_autograd",
+    "register_vmap",
+    "register_inputs",
+    "samples",
+    "tolerance",
+    "explain",
+    "check",
+)
+
+
+class OpFunction(Protocol[P, R_co]):
+    """Type of what register_op returns: called like the decorated function, with Op's methods as attributes."""
+
+    op: Op[Any, Any]
+    name: str
+    spec: OpSpec
+    overload: torch._ops.OpOverload
+    register_kernel: Callable[..., Any]
+    register_fake: Callable[..., Any]
+    register_autograd: Callable[..., None]
+    register_vmap: Callable[..., Any]
+    register_inputs: Callable[[Inputs], Inputs]
+    samples: Callable[..., Iterator[dict[str, Any]]]
+    tolerance: Callable[..., None]
+    explain: Callable[..., select.Explanation]
+    check: Callable[[], Any]
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
+
+
+def _kernel_name(target: str | Callable[..., Any]) -> str:
+    """'xpu/fused' of "pkg.kernels.xpu.gdn:fused": the folder below `kernels` (or the module) and the function."""
+    module, function = target.split(":") if isinstance(target, str) else (target.__module__, target.__name__)
+    parts = module.split(".")
+    folder = parts[parts.index("kernels") + 1] if "kernels" in parts[:-1] else parts[-1]
+    return f"{folder}/{function}"
+
+
+def _same_kernel(known: KernelSpec, new: KernelSpec) -> bool:
+    def place(target: Any) -> Any:
+        return (target.__module__, target.__qualname__) if callable(target) else target
+
+    same = (known.device_types, known.requires, known.priority) == (new.device_types, new.requires, new.priority)
+    return same and place(known.target) == place(new.target) and place(known.why_not) == place(new.why_not)
+
+
+def _qualify(name: str | None, fn: Callable[..., Any]) -> str:
+    if name is None:
+        name = f"{fn.__module__.split('.')[0].strip('_') or 'main'}::{fn.__name__}"
+    namespace, colons, tail = name.partition("::")
+    if not (colons and namespace.isidentifier() and tail.isidentifier()):
+        raise RegistrationError(f"'{name}' is no operator name; write 'namespace::name', both Python identifiers")
+    return name
+
+
+@overload
+def register_op(name: Callable[P, R], /) -> OpFunction[P, R]: ...
+@overload
+def register_op(
+    name: str | None = None,
+    /,
+    *,
+    mutates_args: str | Iterable[str] = (),
+    device_types: str | Iterable[str] | None = None,
+    schema: str | None = None,
+    tags: torch.Tag | Iterable[torch.Tag] = (),
+    kind: str | None = None,
+) -> Callable[[Callable[P, R]], OpFunction[P, R]]: ...
+
+
+def register_op(
+    name: Any = None,
+    /,
+    *,
+    mutates_args: str | Iterable[str] = (),
+    device_types: str | Iterable[str] | None = None,
+    schema: str | None = None,
+    tags: torch.Tag | Iterable[torch.Tag] = (),
+    kind: str | None = None,
+) -> Any:
+    """Turn a typed function into a torch operator.
+
+    name: "namespace::name"; left out (bare `@register_op`), the top package and the function's name.
+    mutates_args: names of the tensor parameters that are written in place.
+    device_types: devices on which the body may run; None: all. The body is the reference: it runs where no kernel does.
+    schema: a torch schema string, where the annotations cannot say it; usually inferred.
+    tags: torch.Tag values. kind: "attention" marks an op at which graphs are split (see splitting_ops).
+
+    Annotations are the contract: `x: Annotated[Tensor, "*n d"]`. The function returned has the declared parameters and
+    carries register_kernel, register_fake, register_autograd, register_vmap, register_inputs, tolerance, explain.
+
+    Raises SignatureError, RegistrationError, DuplicateOpError.
+
+        @register_op("mylib::double")
+        def double(x: Annotated[Tensor, "*n"]) -> Annotated[Tensor, "*n"]:
+            return x * 2
+    """
+    if callable(name):
+        return _register(None, name, (), None, None, (), None)
+    tag_tuple = (tags,) if isinstance(tags, torch.Tag) else tuple(tags)
+    return lambda fn: _register(name, fn, mutates_args, device_types, schema, tag_tuple, kind)
+
+
+def _register(
+    name: str | None,
+    fn: Callable[..., Any],
+    mutates_args: str | Iterable[str],
+    device_types: str | Iterable[str] | None,
+    schema: str | None,
+    tags: tuple[torch.Tag, ...],
+    kind: str | None,
+) -> Any:
+    if not hasattr(fn, "__code__"):
+        raise SignatureError(f"register_op decorates Python functions; got {type(fn).__name__}: {fn!r}")
+    qualname = _qualify(name, fn)
+    if kind == "attention" and torch.Tag.cudagraph_unsafe not in tags:
+        # Attention reads per-step metadata on the host, which a captured CUDA graph would freeze.
+        tags = (*tags, torch.Tag.cudagraph_unsafe)
+    spec = signature.read_op(qualname, fn, mutates_args=mutates_args, kind=kind, tags=tags, schema=schema)
+    op: Op[Any, Any] = Op(spec, fn)
+    if device_types is not None and op.kernels:
+        types = (device_types,) if isinstance(device_types, str) else tuple(device_types)
+        checked = tuple(devices.check(t, qualname) for t in types)
+        op.kernels = [KernelSpec(REFERENCE, checked, fn, (), None, REFERENCE_PRIORITY, spec.source)]
+    known = registry.add(op)
+    if known is op:
+        try:
+            op.define()
+        except BaseException:
+            registry.discard(op)
+            raise
+    return known.function

@@ -1,0 +1,276 @@
+"""Which kernel takes a call and why the others do not; forced choices."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from . import registry
+from .errors import KernelError, SignatureError, UnknownOpError, listing, nearest
+from .spec import REFERENCE, REFERENCE_PRIORITY, KernelSpec
+
+if TYPE_CHECKING:
+    from .op import Op
+
+log = logging.getLogger("opreg")
+
+_NONE_FORCED: Mapping[str, str] = MappingProxyType({})
+_FORCED: ContextVar[Mapping[str, str]] = ContextVar("opreg_forced_kernels", default=_NONE_FORCED)
+_LOCK = threading.Lock()
+_said: set[tuple[str, str]] = set()
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What became of one kernel: state is "used", "ready", "refused", "missing" or "other device"; why says more."""
+
+    kernel: KernelSpec
+    state: str
+    why: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kernel.name}: {self.state}{f' ({self.why})' if self.why else ''}"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The choice for one op, device and (if given) call. `str()` is what the CLI and errors show."""
+
+    op: str
+    device_type: str
+    selected: KernelSpec | None
+    decisions: tuple[Decision, ...]
+    forced: str | None = None
+
+    def __str__(self) -> str:
+        head = (
+            f"{self.op} on {self.device_type}: {self.selected.name if self.selected else 'no kernel takes this call'}"
+        )
+        if self.forced:
+            head += f" (forced by {self.forced})"
+        return "\n".join([head, *(f"  {decision}" for decision in self.decisions)])
+
+
+def load(op: Op, kernel: KernelSpec) -> Callable[..., Any]:
+    """The kernel's function, imported at first need and checked against the op's signature."""
+    if callable(kernel.target):
+        return kernel.target
+    fn = _import(op, kernel.name, kernel.target)
+    check_signature(op, kernel.name, fn)
+    return fn
+
+
+def load_predicate(op: Op, kernel: KernelSpec) -> Callable[..., str | None] | None:
+    if kernel.why_not is None or callable(kernel.why_not):
+        return kernel.why_not
+    predicate = _import(op, f"{kernel.name} (why_not)", kernel.why_not)
+    check_signature(op, f"{kernel.name} (why_not)", predicate)
+    return predicate
+
+
+def _import(op: Op, what: str, target: str) -> Callable[..., Any]:
+    module_name, _, attribute = target.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise KernelError(
+            f"{op.name}: kernel {what} could not be loaded: importing '{module_name}' failed: {error}. Fix the import, "
+            "or name the missing module in requires=... so that the kernel is left out where it is not installed"
+        ) from error
+    fn: Callable[..., Any] | None = getattr(module, attribute, None)
+    if fn is None:
+        names = [n for n in vars(module) if not n.startswith("_")]
+        raise KernelError(
+            f"{op.name}: kernel {what}: module '{module_name}' has no '{attribute}'.{nearest(attribute, names)}"
+        )
+    return fn
+
+
+def check_signature(op: Op, what: str, fn: Callable[..., Any]) -> None:
+    """SignatureError unless `fn` takes the op's arguments, by the same names, in the same order."""
+    try:
+        parameters = inspect.signature(fn).parameters.values()
+    except (ValueError, TypeError):
+        return  # a builtin without a signature; the call itself will tell
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        raise SignatureError(f"{op.name}: kernel {what} takes *args or **kwargs; write the op's parameters out")
+    wanted = [(arg.name, arg.keyword_only) for arg in op.spec.args]
+    got = [(p.name, p.kind is p.KEYWORD_ONLY) for p in parameters]
+    if got != wanted:
+        show = _show_parameters
+        raise SignatureError(
+            f"{op.name}: kernel {what} has parameters ({show(got)}) but the op has ({show(wanted)}); "
+            "a kernel takes the op's arguments, by the same names, in the same order"
+        )
+
+
+def _show_parameters(names: list[tuple[str, bool]]) -> str:
+    parts: list[str] = []
+    for name, keyword_only in names:
+        if keyword_only and "*" not in parts:
+            parts.append("*")
+        parts.append(name)
+    return ", ".join(parts)
+
+
+def candidates(op: Op, device_type: str) -> list[KernelSpec]:
+    """Kernels that are for this device and whose requirements are installed, best first."""
+    return [k for k in op.kernels if k.takes(device_type) and k.missing() is None]
+
+
+def _environment() -> dict[str, str]:
+    """{op: kernel} of OPREG_KERNELS="ns::op=name,ns::other=name", each part checked."""
+    text = os.environ.get("OPREG_KERNELS", "")
+    forced = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        name, equals, kernel = part.partition("=")
+        if not equals:
+            raise UnknownOpError(f"OPREG_KERNELS: '{part}' is not of the form ns::op=kernel")
+        forced[name.strip()] = kernel.strip()
+    return forced
+
+
+def forced_kernel(op: Op) -> tuple[KernelSpec, str] | None:
+    """The kernel that use_kernel or OPREG_KERNELS demands for this op, and which of the two said so."""
+    name, who = _FORCED.get().get(op.name), "use_kernel"
+    if name is None:
+        name, who = _environment().get(op.name), "OPREG_KERNELS"
+    return None if name is None else (kernel_named(op, name), who)
+
+
+def kernel_named(op: Op, name: str) -> KernelSpec:
+    for kernel in op.kernels:
+        if kernel.name == name:
+            return kernel
+    names = [k.name for k in op.kernels]
+    raise UnknownOpError(f"{op.name} has no kernel '{name}'; it has {listing(names)}.{nearest(name, names)}")
+
+
+def explain(op: Op, device_type: str, args: tuple[Any, ...] | None = None) -> Explanation:
+    """What runs and why, for a device and, where `args` (every argument, in order) are given, for that call."""
+    forced = forced_kernel(op)
+    selected: KernelSpec | None = None
+    decisions = []
+    for kernel in op.kernels:
+        state, why = "ready", ""
+        if not kernel.takes(device_type):
+            state = "other device"
+        elif (absent := kernel.missing()) is not None:
+            state, why = "missing", absent
+        elif args is not None and (predicate := load_predicate(op, kernel)) is not None:
+            refusal = op.call_with(predicate, args)
+            if refusal is not None:
+                state, why = "refused", refusal
+        if forced is not None and kernel.name != forced[0].name and state == "ready":
+            why = f"{forced[1]} chose {forced[0].name}"
+        elif state == "ready" and selected is None:
+            selected, state = kernel, "used"
+        decisions.append(Decision(kernel, state, why))
+    return Explanation(op.name, device_type, selected, tuple(decisions), forced[1] if forced else None)
+
+
+def no_kernel(op: Op, device_type: str, args: tuple[Any, ...]) -> KernelError:
+    """The error for a call that nothing takes, with the reason of every kernel."""
+    return KernelError(
+        f"{explain(op, device_type, args)}\n"
+        f"Register a kernel for '{device_type}', write a reference body, or move the tensors to a device listed above"
+    )
+
+
+def runner(op: Op, device_type: str) -> Callable[..., Any]:
+    """The function that computes `op` on a device: the kernel itself, or a choice among several made per call."""
+    found = candidates(op, device_type)
+    forced = forced_kernel(op)
+    if forced is not None or op.forced_somewhere:
+        return _forced_runner(op, device_type)
+    best = found[0] if found else None
+    if best is not None and best.why_not is None:
+        _say_choice(op, device_type, best)
+        return load(op, best)
+    choices = [(kernel, load_predicate(op, kernel), load(op, kernel)) for kernel in found]
+
+    def choose(args: tuple[Any, ...]) -> Any:
+        for kernel, predicate, fn in choices:
+            refusal = None if predicate is None else op.call_with(predicate, args)
+            if refusal is None:
+                _say_choice(op, device_type, kernel)
+                return op.call_with(fn, args)
+            _say_once(op, f"{op.name} on {device_type}: {kernel.name} refused: {refusal}")
+        raise no_kernel(op, device_type, args)
+
+    return op.gather(choose)
+
+
+def _forced_runner(op: Op, device_type: str) -> Callable[..., Any]:
+    def choose(args: tuple[Any, ...]) -> Any:
+        forced = forced_kernel(op)
+        if forced is None:
+            choice = explain(op, device_type, args).selected
+            if choice is None:
+                raise no_kernel(op, device_type, args)
+            return op.call_with(load(op, choice), args)
+        kernel, who = forced
+        reason = None if kernel.takes(device_type) else f"it is for {kernel.devices}, not {device_type}"
+        reason = reason or kernel.missing()
+        if reason is None and (predicate := load_predicate(op, kernel)) is not None:
+            reason = op.call_with(predicate, args)
+        if reason is not None:
+            raise KernelError(f"{op.name}: {who} forces kernel '{kernel.name}', which cannot run here: {reason}")
+        return op.call_with(load(op, kernel), args)
+
+    return op.gather(choose)
+
+
+def _say_once(op: Op, text: str) -> None:
+    with _LOCK:
+        if (op.name, text) in _said:
+            return
+        _said.add((op.name, text))
+    log.info("%s", text)
+
+
+def _say_choice(op: Op, device_type: str, kernel: KernelSpec) -> None:
+    """Log the choice once; a reference on an accelerator is a warning, and an error with OPREG_STRICT=1."""
+    # An op with nothing but its body is complete as it is: there is no faster kernel to miss.
+    if kernel.priority == REFERENCE_PRIORITY and device_type != "cpu" and len(op.kernels) > 1:
+        others = [str(d) for d in explain(op, device_type).decisions if d.state in ("missing", "refused")]
+        text = f"{op.name} on {device_type} falls back to its reference, which is slow; {listing(others)}"
+        if os.environ.get("OPREG_STRICT", "") not in ("", "0"):
+            raise KernelError(f"{text}. OPREG_STRICT is set, so this is an error")
+        with _LOCK:
+            first = (op.name, text) not in _said
+            _said.add((op.name, text))
+        if first:
+            log.warning("%s", text)
+        return
+    _say_once(op, f"{op.name} on {device_type} runs {kernel.name}")
+
+
+@contextmanager
+def use_kernel(name: str, kernel: str) -> Iterator[None]:
+    """Force a kernel for an op inside the `with` block (this thread and asyncio task only).
+
+    name: the op, "ns::op" or a short name that is unique. kernel: a name that `opreg show` lists, such as "reference".
+    A forced kernel that cannot run raises KernelError; an unknown name raises UnknownOpError.
+    """
+    op = registry.get(name)
+    kernel_named(op, kernel)
+    token = _FORCED.set({**_FORCED.get(), op.name: kernel})
+    op.force(+1)
+    try:
+        yield
+    finally:
+        op.force(-1)
+        _FORCED.reset(token)
+
+
+__all__ = ["REFERENCE", "Decision", "Explanation", "explain", "runner", "use_kernel"]

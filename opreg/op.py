@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast, overload
@@ -197,7 +198,14 @@ class Op(Generic[P, R]):
 
     def register_vmap(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """Register the batching rule, `fn(info, in_dims, *args) -> (outputs, out_dims)`."""
-        library.vmap(self.name, fn)
+
+        def rule(info: Any, in_dims: tuple[Any, ...], *args: Any, **kwargs: Any) -> Any:
+            # The dispatcher leaves out trailing arguments that equal their defaults; the rule gets all of them.
+            everything = self.gather(lambda values: values)(*args, **kwargs)
+            dims = (*in_dims, *(None for _ in everything[len(in_dims) :]))
+            return self.call_with(functools.partial(fn, info, dims), everything)
+
+        library.vmap(self.name, rule)
         self.has_vmap = True
         return fn
 

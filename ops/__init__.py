@@ -1,2 +1,11 @@
 if __name__ != "opreg.ops":
     raise ImportError("this package is opreg.ops; install opreg and import it by that name")
+
+from .gdn_attention import gdn_attention as gdn_attention
+from .gdn_attention_core import gdn_attention_core as gdn_attention_core
+from .gdn_attention_core_xpu import gdn_attention_core_xpu as gdn_attention_core_xpu
+from .kv_cache_update import kv_cache_update as kv_cache_update
+from .paged_attention_core import paged_attention_core as paged_attention_core
+from .ragged_paged_attention import ragged_paged_attention as ragged_paged_attention
+from .ragged_paged_attention import ragged_paged_attention_lse as ragged_paged_attention_lse
+from .rms_norm import rms_norm as rms_norm

@@ -54,12 +54,12 @@ def make_call(
     nan = float("nan")
 
     def rand(*shape: int, scale: float = 1.0) -> Tensor:
-        return torch.randn(shape, generator=g) * scale
+        return torch.randn(shape, generator=g, device=g.device) * scale
 
     def to(x: Tensor, want: torch.dtype = dtype) -> Tensor:
         return x.to(device=device, dtype=want, copy=True)
 
-    index = torch.randperm(slots, generator=g)[: len(lens)].to(torch.int32)
+    index = torch.randperm(slots, generator=g, device=g.device)[: len(lens)].to(torch.int32)
     qkvz, ba = rand(tokens + padding, h.conv_dim + hv * h.v_dim), rand(tokens + padding, 2 * hv)
     qkvz[tokens:], ba[tokens:] = nan, nan
     conv_state = rand(slots, h.width - 1 + spare_conv_rows, h.conv_dim)
@@ -85,7 +85,7 @@ def make_call(
         "conv_bias": to(rand(h.conv_dim, scale=0.1)) if bias else None,
         "activation": "silu",
         # As trained models have them: decay per token between 0.9999 and about 0.2.
-        "A_log": to(torch.rand(hv, generator=g).mul(16).clamp_min(1e-2).log(), torch.float32),
+        "A_log": to(torch.rand(hv, generator=g, device=g.device).mul(16).clamp_min(1e-2).log(), torch.float32),
         "dt_bias": to(rand(hv) - 4.0),
         "num_prefills": prefills,
         "num_decodes": len(lens) - prefills,

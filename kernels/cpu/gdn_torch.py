@@ -13,7 +13,7 @@ CHUNK = 64
 RECURRENT_BELOW = 6
 
 
-def gdn_attention(
+def gdn_attention_torch(
     core_attn_out: Tensor,
     z: Tensor,
     projected_states_qkvz: Tensor,

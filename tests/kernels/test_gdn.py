@@ -12,7 +12,7 @@ from opreg.ops.gdn_attention_inputs import Heads, clone_call, make_call
 Call = dict[str, Any]
 Kernel = Callable[..., None]
 
-KERNELS: dict[str, Kernel] = {"reference": reference.gdn_attention, "torch": gdn_torch.gdn_attention}
+KERNELS: dict[str, Kernel] = {"reference": reference.gdn_attention, "torch": gdn_torch.gdn_attention_torch}
 # Relative RMS error allowed. Outputs and 16-bit states are one rounding away from the truth, and a convolution sum that
 # falls on the other side of a rounding border moves a whole sequence a little; float32 has nothing to hide behind.
 OUT = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}

@@ -34,7 +34,7 @@ def by_transformers(call: dict, first: int, last: int) -> tuple[torch.Tensor, to
     return out[0], z.reshape(-1, hv, v), state[0].mT
 
 
-@pytest.mark.parametrize("kernel", [reference.gdn_attention, gdn_torch.gdn_attention])
+@pytest.mark.parametrize("kernel", [reference.gdn_attention, gdn_torch.gdn_attention_torch])
 @pytest.mark.parametrize("flat", [False, True])
 def test_equals_the_functions_of_qwen3_next(kernel, flat: bool) -> None:
     call = make_call([70, 3], Heads(2, 4, 32, 48), initial=[False, False], flat=flat)

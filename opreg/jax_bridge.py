@@ -1,0 +1,275 @@
+"""JAX functions as torch operators: call_jax for one-off use."""
+
+from __future__ import annotations
+
+import functools
+import operator
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C._functorch import peek_interpreter_stack
+
+from ._compat import constant_under_dynamo, trace_instead
+from .jax_bridge_arrays import COPY_LIMIT, PLAIN, JaxArgumentError, check_tensor, from_foreign, runtime
+from .jax_bridge_executors import execute, own
+from .jax_bridge_op import OP
+from .jax_bridge_programs import (
+    JaxCacheInfo,
+    JaxTraceLimitError,
+    Program,
+    argument_names,
+    by_name,
+    find_function,
+    find_program,
+    jax_cache_clear,
+    jax_cache_info,
+    jax_cache_limits,
+    state,
+)
+from .jax_bridge_shapes import infer
+
+__all__ = [
+    "JaxArgumentError",
+    "JaxCacheInfo",
+    "JaxTraceLimitError",
+    "call_jax",
+    "jax_cache_clear",
+    "jax_cache_info",
+    "jax_cache_limits",
+]
+
+_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
+_PLAIN_NUMPY = frozenset(str(dtype).removeprefix("torch.") for dtype in PLAIN)
+_grad_enabled = torch.is_grad_enabled
+
+
+def call_jax(fn: Callable[..., Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    """Call a JAX function on torch tensors, as one torch operator: eager, compiled, exported, differentiable.
+
+    fn: a function of JAX arrays, traced by jax.jit once per structure, static values, shapes and dtypes. Define it once:
+        a new function object (a lambda in a loop) is traced anew, and forgotten when it dies.
+    args, kwargs: any pytrees. Tensors (all on one device), numpy arrays, JAX arrays and JAX random keys are operands. Every
+        other leaf (None, bool, int, float, str, enum, dtype, frozen dataclass, …) is static: part of the cache key,
+        type included.
+
+    Returns the function's pytree with tensors for arrays, contiguous, none sharing memory with an argument. Gradients flow
+    to tensors that require them. A 64-bit tensor among the arguments turns JAX's x64 mode on inside the function, so
+    that nothing is truncated; JAX's own defaults are then 64 bits wide too.
+
+    Raises JaxArgumentError (an argument that cannot cross), KernelError (jax missing, no executor), JaxTraceLimitError
+    (see jax_cache_limits); errors of the function itself pass through.
+
+        opreg.call_jax(jax.nn.softmax, (torch.randn(4, 8),), {"axis": -1})
+    """
+    if not kwargs and type(args) is tuple:
+        record = state.functions.get(id(fn))
+        if record is not None and record.fn_ref() is fn:
+            program = record.flat.get(len(args))
+            if program is not None and program.jitted is not None and _plain(args):
+                return _run_plain(program, args)
+    return _call(fn, args, kwargs)
+
+
+def _plain(args: tuple[Any, ...]) -> bool:
+    """Whether these are ordinary CPU tensors of common types, in eager mode, with nothing to differentiate."""
+    for arg in args:
+        if type(arg) not in _TENSORS or not arg.is_cpu or arg.dtype not in PLAIN or arg.requires_grad or arg.is_neg():
+            return False
+    return _eager()
+
+
+def _eager() -> bool:
+    return not _len_torch_dispatch_stack() and not _len_torch_function_stack() and peek_interpreter_stack() is None
+
+
+def _run_plain(program: Program, args: tuple[torch.Tensor, ...]) -> Any:
+    run = runtime()
+    if not run.cpu_default:
+        leaves, tree = execute(program, args)
+        return tree.unflatten(leaves)
+    program.calls += 1
+    program.stamp = next(state.clock)
+    arrays = [arg.numpy() for arg in args]
+    out = program.jitted(*arrays)
+    if type(out) is run.array_type:
+        host = run.numpy.asarray(out)
+        if host.dtype.name in _PLAIN_NUMPY and host.nbytes <= COPY_LIMIT:
+            return torch.from_numpy(host.copy())
+    leaves, tree = run.flatten(out)
+    if not leaves:
+        run.jax.effects_barrier()
+    return tree.unflatten(own(program, leaves, arrays))
+
+
+def _call(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Any:
+    fn, args, kwargs = _unwrap_partial(fn, args, kwargs)
+    run = runtime()
+    leaves, treedef = run.flatten((tuple(args), dict(kwargs)))
+    function = find_function(fn)
+    program, operands = find_program(function, treedef, leaves)
+    tensors = [value if isinstance(value, torch.Tensor) else from_foreign(value, function.label) for value in operands]
+    needs_grad, plain = False, True
+    for tensor in tensors:
+        plain = plain and type(tensor) in _TENSORS
+        needs_grad = needs_grad or tensor.requires_grad
+        if tensor.device != tensors[0].device or tensor.layout is not torch.strided or tensor.is_nested:
+            raise _bad_tensors(function.label, treedef, leaves)
+        if tensor.dtype not in run.to_numpy_dtype:
+            raise _bad_tensors(function.label, treedef, leaves)
+    if plain and _eager() and not (needs_grad and _grad_enabled()):
+        results, tree = execute(program, tensors)
+        return tree.unflatten(results)
+    if not _eager():
+        function.pin()  # a graph that is being made names the program and may run at any time
+    tensors = tensors or [torch.empty(0)]  # an operator without a tensor has no device
+    tree = infer(program, tensors)[0].tree
+    return tree.unflatten(OP(tensors, program.name))
+
+
+def _unwrap_partial(
+    fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None
+) -> tuple[Callable[..., Any], Sequence[Any], Mapping[str, Any]]:
+    """A partial is its function with more arguments: two equal partials are one program."""
+    kwargs = kwargs or {}
+    while isinstance(fn, functools.partial):
+        args = (*fn.args, *args)
+        kwargs = {**fn.keywords, **kwargs}
+        fn = fn.func
+    return fn, args, kwargs
+
+
+def _bad_tensors(label: str, treedef: Any, leaves: list[Any]) -> JaxArgumentError:
+    named = [
+        (name, leaf)
+        for name, leaf in zip(argument_names(treedef), leaves, strict=True)
+        if isinstance(leaf, torch.Tensor)
+    ]
+    for name, leaf in named:
+        check_tensor(leaf, name, label)
+    where = ", ".join(f"{name} on {leaf.device}" for name, leaf in named)
+    return JaxArgumentError(
+        f"call_jax({label}): its tensors are on different devices: {where}; move them to one (numpy and JAX arrays count as cpu)"
+    )
+
+
+# What Dynamo traces instead of call_jax. A function and static values are constants of the graph; what the program is called
+# and in which order it takes its operands is worked out once, by ordinary Python, and becomes a constant too.
+
+_CLASSES: dict[str, type] = {}
+"""Classes that results are rebuilt with inside a compiled graph; Dynamo takes classes from globals, not from constants."""
+
+
+class _Operand:
+    """Stands for operand number `index` while a graph is made."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+
+@constant_under_dynamo
+def _plan(owner: Any, fn: Any, described: tuple[Any, ...]) -> tuple[str, tuple[int, ...]]:
+    """The program's name and, for each of its operands, which tensor in the order of `_take_apart` it is."""
+    function = find_function(fn if owner is None else types.MethodType(fn, owner))
+    function.pin()
+    leaves, treedef = runtime().flatten(_put_together(described))
+    order = tuple(leaf.index for leaf in leaves if isinstance(leaf, _Operand))
+    stand_in = torch.empty(0, device="meta")
+    filled = [stand_in if isinstance(leaf, _Operand) else leaf for leaf in leaves]
+    return find_program(function, treedef, filled)[0].name, order
+
+
+def _put_together(described: tuple[Any, ...]) -> Any:
+    """The arguments as `_take_apart` found them, with _Operand for tensors."""
+    kind, value = described[0], described[1]
+    if kind == "operand":
+        return _Operand(value)
+    if kind == "static":
+        return value
+    items = [_put_together(item) for item in described[2]]
+    if kind == "dict":
+        return dict(zip(value, items, strict=True))
+    return value(*items) if kind == "class" else value(items)
+
+
+def _take_apart(value: Any, tensors: list[torch.Tensor]) -> tuple[Any, ...]:
+    """The structure of arguments in constants; tensors are appended to `tensors`. Traced by Dynamo."""
+    if isinstance(value, torch.Tensor):
+        tensors.append(value)
+        return ("operand", len(tensors) - 1)
+    kind = type(value)
+    if kind is tuple or kind is list:
+        return ("sequence", kind, tuple([_take_apart(item, tensors) for item in value]))
+    if kind is dict:
+        return ("dict", tuple(value.keys()), tuple([_take_apart(item, tensors) for item in value.values()]))
+    if isinstance(value, tuple):
+        return ("class", kind, tuple([_take_apart(item, tensors) for item in value]))
+    if kind.__module__ == "numpy":
+        tensors.append(torch.as_tensor(value))
+        return ("operand", len(tensors) - 1)
+    if kind is int:
+        return ("static", operator.index(value))  # a symbolic integer becomes its number, with a guard
+    return ("static", value)
+
+
+@constant_under_dynamo
+def _result(name: str) -> tuple[Any, ...]:
+    """How to rebuild the pytree of the call that was just traced, in constants only."""
+    tree = by_name(name).latest_tree
+    return _describe(tree.unflatten(list(range(tree.num_leaves))), name)
+
+
+def _describe(value: Any, name: str) -> tuple[Any, ...]:
+    if value is None:
+        return ("none",)
+    kind = type(value)
+    if kind is int:
+        return ("leaf", value)
+    if kind is dict:
+        return ("dict", tuple(value), tuple(_describe(item, name) for item in value.values()))
+    if kind in (tuple, list):
+        return (kind.__name__, tuple(_describe(item, name) for item in value))
+    if isinstance(value, tuple) and hasattr(kind, "_fields"):
+        where = f"{kind.__module__}.{kind.__qualname__}"
+        _CLASSES[where] = kind
+        return ("class", where, tuple(_describe(item, name) for item in value))
+    raise JaxArgumentError(
+        f"call_jax({name.partition('#')[0]}): the result holds a {kind.__module__}.{kind.__qualname__}, which torch.compile "
+        "cannot rebuild inside a graph; return tuples, lists, dicts or NamedTuples there"
+    )
+
+
+def _rebuild(plan: tuple[Any, ...], tensors: list[torch.Tensor]) -> Any:
+    kind = plan[0]
+    if kind == "leaf":
+        return tensors[plan[1]]
+    if kind == "none":
+        return None
+    if kind == "dict":
+        return {key: _rebuild(item, tensors) for key, item in zip(plan[1], plan[2])}  # noqa: B905
+    if kind == "class":
+        return _CLASSES[plan[1]](*[_rebuild(item, tensors) for item in plan[2]])
+    items = [_rebuild(item, tensors) for item in plan[1]]
+    return items if kind == "list" else tuple(items)
+
+
+def _traced(fn: Callable[..., Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    kwargs = {} if kwargs is None else kwargs
+    while isinstance(fn, functools.partial):
+        args = (*fn.args, *args)
+        kwargs = {**fn.keywords, **kwargs}
+        fn = fn.func
+    owner = None
+    if isinstance(fn, types.MethodType):
+        owner = fn.__self__
+        fn = fn.__func__
+    found: list[torch.Tensor] = []
+    name, order = _plan(owner, fn, _take_apart((tuple(args), dict(kwargs)), found))
+    tensors = [found[index] for index in order] if order else [torch.empty(0)]
+    results = OP(tensors, name)
+    return _rebuild(_result(name), results)
+
+
+trace_instead(call_jax, _traced)

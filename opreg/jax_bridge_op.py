@@ -1,0 +1,119 @@
+"""The torch operator behind every JAX function: opreg::jax_call(Tensor[] tensors, str program) -> Tensor[].
+
+`program` names an entry of jax_bridge_programs. Its gradient is the same operator with the program's vjp, so that gradients of
+any order exist; its batching rule is the same operator with the program's jax.vmap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from . import library
+from .jax_bridge_arrays import runtime
+from .jax_bridge_executors import execute
+from .jax_bridge_programs import Program, by_name
+from .jax_bridge_shapes import evaluate, infer
+
+NAME = "opreg::jax_call"
+
+
+def _run(tensors: Sequence[torch.Tensor], program: str) -> list[torch.Tensor]:
+    return execute(by_name(program), tensors)[0]
+
+
+def _fake(tensors: Sequence[torch.Tensor], program: str) -> list[torch.Tensor]:
+    entry = by_name(program)
+    found, values = infer(entry, tensors)
+    entry.latest_tree = found.tree
+    device = tensors[0].device if tensors else torch.device("cpu")
+    return [
+        torch.empty([evaluate(size, values) for size in sizes], dtype=dtype, device=device)
+        for sizes, dtype in found.leaves
+    ]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Sequence[torch.Tensor]) -> None:
+    tensors, name = inputs
+    program = by_name(name)
+    ctx.save_for_backward(*tensors)
+    ctx.program = program
+    ctx.alive = program.function.get()  # the graph needs the function for as long as it may run backward
+    ctx.outputs = len(output)
+
+
+def _backward(ctx: Any, grads: Sequence[torch.Tensor | None]) -> tuple[list[torch.Tensor | None], None]:
+    tensors = ctx.saved_tensors
+    needed = ctx.needs_input_grad[0]
+    wanted = tuple(
+        i for i, tensor in enumerate(tensors) if needed[i] and (tensor.is_floating_point() or tensor.is_complex())
+    )
+    given = tuple(i for i, grad in enumerate(grads) if grad is not None)
+    result: list[torch.Tensor | None] = [None] * len(tensors)
+    if wanted and given:
+        program = vjp(ctx.program, len(tensors), wanted, given)
+        cotangents = [grad for grad in grads if grad is not None]
+        for index, grad in zip(wanted, OP([*tensors, *cotangents], program.name), strict=True):
+            result[index] = grad
+    return result, None
+
+
+def vjp(program: Program, arity: int, wanted: tuple[int, ...], given: tuple[int, ...]) -> Program:
+    """The program (primals, cotangents of the results `given`) -> gradients of the primals `wanted`."""
+
+    def body(*arrays: Any) -> list[Any]:
+        run = runtime()
+        jnp, dtypes = run.jax.numpy, run.jax.dtypes
+        primals, cotangents = list(arrays[:arity]), arrays[arity:]
+
+        def restricted(*chosen: Any) -> list[Any]:
+            full = list(primals)
+            for index, value in zip(wanted, chosen, strict=True):
+                full[index] = value
+            return program.leaves(*full)
+
+        results, pull = run.jax.vjp(restricted, *(primals[i] for i in wanted))
+        seeds: list[Any] = []
+        by_index = dict(zip(given, cotangents, strict=True))
+        for index, value in enumerate(results):
+            if not dtypes.issubdtype(value.dtype, jnp.inexact):
+                seeds.append(run.numpy.zeros(value.shape, dtypes.float0))
+            elif index in by_index:
+                # jax transposes, torch takes the adjoint: they differ by complex conjugation on both sides.
+                seeds.append(jnp.conj(by_index[index]).astype(value.dtype))
+            else:
+                seeds.append(jnp.zeros(value.shape, value.dtype))
+        return [jnp.conj(grad) for grad in pull(seeds)]
+
+    return program.derive(("vjp", arity, wanted, given), body)
+
+
+def _vmap(
+    info: Any, in_dims: Any, tensors: Sequence[torch.Tensor], program: str
+) -> tuple[list[torch.Tensor], list[int]]:
+    dims = tuple(in_dims[0]) if isinstance(in_dims[0], (list, tuple)) else (in_dims[0],) * len(tensors)
+    batched = vmap(by_name(program), dims)
+    outputs = OP(list(tensors), batched.name)
+    return outputs, [0] * len(outputs)
+
+
+def vmap(program: Program, dims: tuple[int | None, ...]) -> Program:
+    """The program mapped over one dimension of each operand with an entry in `dims`; results carry it in front."""
+
+    def body(*arrays: Any) -> list[Any]:
+        mapped: list[Any] = runtime().jax.vmap(program.leaves, in_axes=dims, out_axes=0)(*arrays)
+        return mapped
+
+    return program.derive(("vmap", *dims), body)
+
+
+# Any layout of the arguments will do (a numpy view has strides), so compiled graphs need not copy for this op.
+OP = library.define(
+    NAME, "(Tensor[] tensors, str program) -> Tensor[]", (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+)
+library.implement(NAME, _run)
+library.fake(NAME, _fake)
+library.autograd(NAME, _backward, _setup)
+library.vmap(NAME, _vmap)

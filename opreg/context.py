@@ -62,10 +62,10 @@ _compat.constant_under_dynamo(_handle_key)
 
 def layer_handle(name: str | torch.Tensor) -> torch.Tensor:
     """The handle of a layer name: a 0-d int64 CPU tensor, the same object for the same name."""
-    if isinstance(name, str):
-        handle: torch.Tensor = getattr(_HANDLES, _handle_key(name))
-        return handle
-    return name
+    if isinstance(name, torch.Tensor):
+        return name
+    handle: torch.Tensor = getattr(_HANDLES, _handle_key(name))
+    return handle
 
 
 def layer_name(handle: str | torch.Tensor) -> str:

@@ -124,9 +124,9 @@ class Op(Generic[P, R]):
             return decorate
         kernel = self._kernel_spec(device_types, target, requires, why_not, priority)
         if callable(target):
-            select.check_signature(self, kernel.name, target)
+            select.check_signature(self, f"kernel {kernel.name}", target)
         if callable(why_not):
-            select.check_signature(self, f"{kernel.name} (why_not)", why_not)
+            select.check_signature(self, f"why_not of kernel {kernel.name}", why_not)
         with self._lock:
             known = next((k for k in self.kernels if k.name == kernel.name), None)
             if known is not None:
@@ -176,11 +176,11 @@ class Op(Generic[P, R]):
 
     def register_fake(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """Make `fn` the fake implementation (shapes only), instead of the one derived from the contract."""
+        select.check_signature(self, "fake", fn)
         if self.explicit_fake is not None and self.explicit_fake.__code__ is not fn.__code__:
             raise RegistrationError(
                 f"{self.name}: a fake is already registered at {signature.source_of(self.explicit_fake)}"
             )
-        select.check_signature(self, "fake", fn)
         self.explicit_fake = fn
         return fn
 

@@ -65,7 +65,7 @@ def load(op: Op, kernel: KernelSpec) -> Callable[..., Any]:
     if callable(kernel.target):
         return kernel.target
     fn = _import(op, kernel.name, kernel.target)
-    check_signature(op, kernel.name, fn)
+    check_signature(op, f"kernel {kernel.name}", fn)
     return fn
 
 
@@ -73,7 +73,7 @@ def load_predicate(op: Op, kernel: KernelSpec) -> Callable[..., str | None] | No
     if kernel.why_not is None or callable(kernel.why_not):
         return kernel.why_not
     predicate = _import(op, f"{kernel.name} (why_not)", kernel.why_not)
-    check_signature(op, f"{kernel.name} (why_not)", predicate)
+    check_signature(op, f"why_not of kernel {kernel.name}", predicate)
     return predicate
 
 
@@ -102,14 +102,14 @@ def check_signature(op: Op, what: str, fn: Callable[..., Any]) -> None:
     except (ValueError, TypeError):
         return  # a builtin without a signature; the call itself will tell
     if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
-        raise SignatureError(f"{op.name}: kernel {what} takes *args or **kwargs; write the op's parameters out")
+        raise SignatureError(f"{op.name}: {what} takes *args or **kwargs; write the op's parameters out")
     wanted = [(arg.name, arg.keyword_only) for arg in op.spec.args]
     got = [(p.name, p.kind is p.KEYWORD_ONLY) for p in parameters]
     if got != wanted:
         show = _show_parameters
         raise SignatureError(
-            f"{op.name}: kernel {what} has parameters ({show(got)}) but the op has ({show(wanted)}); "
-            "a kernel takes the op's arguments, by the same names, in the same order"
+            f"{op.name}: {what} has parameters ({show(got)}) but the op has ({show(wanted)}); "
+            "write the op's parameters, by the same names, in the same order"
         )
 
 

@@ -247,6 +247,7 @@ def _schema_of_parameter(front: _Front, parameter: inspect.Parameter) -> str:
     if parameter.annotation is torch.Tensor and parameter.default is parameter.empty:
         return f"Tensor {parameter.name}"
     try:
+        _check_default(parameter)
         schema = library.infer_schema(inspect.Signature([parameter], return_annotation=None), ())
     except (ValueError, TypeError):
         known = "Tensor, int, float, bool, str, torch.dtype, torch.device, list[...] of these, '... | None', Literal"
@@ -257,6 +258,17 @@ def _schema_of_parameter(front: _Front, parameter: inspect.Parameter) -> str:
             f"use one of {known}, with a default of that type",
         ) from None
     return schema[1 : schema.rindex(") ->")]
+
+
+def _check_default(parameter: inspect.Parameter) -> None:
+    """TypeError for a default of another type; neither infer_schema nor the schema parser looks (`int n="a"`)."""
+    allowed = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}
+    inner = [arg for arg in typing.get_args(parameter.annotation) if arg is not type(None)] or [parameter.annotation]
+    default = parameter.default
+    if default is parameter.empty or default is None or inner[0] not in allowed:
+        return
+    if not isinstance(default, allowed[inner[0]]) or (isinstance(default, bool) and inner[0] is not bool):
+        raise TypeError(f"default {default!r} is no {inner[0].__name__}")
 
 
 def _show(annotation: Any) -> str:

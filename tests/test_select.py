@@ -1,0 +1,257 @@
+"""Kernels: which one runs, why the others do not, how a choice is forced, what is refused."""
+
+import logging
+import sys
+import threading
+import types
+
+import pytest
+import torch
+from torch import Tensor
+
+from opreg import KernelError, RegistrationError, SignatureError, UnknownOpError, register_op, use_kernel
+from opreg.select import explain
+
+X = torch.ones(4)
+
+
+def new_op(name):
+    """An op whose kernels say by their value which one ran: the reference gives 0."""
+
+    def body(x: Tensor, n: int = 0) -> Tensor:
+        return x * 0
+
+    return register_op(f"t_select::{name}")(body)
+
+
+def returning(value, name):
+    def kernel(x: Tensor, n: int = 0) -> Tensor:
+        return x * 0 + value
+
+    kernel.__name__ = kernel.__qualname__ = name
+    return kernel
+
+
+def ran(op, *args):
+    return int(op(X, *args)[0])
+
+
+def test_largest_priority_wins_and_a_tie_is_refused():
+    op = new_op("priority")
+    op.register_kernel("cpu", returning(1, "one"))
+    op.register_kernel(("cpu", "xpu"), returning(2, "two"), priority=5)
+    assert ran(op) == 2
+    with pytest.raises(
+        RegistrationError, match=r"'test_select/two' \(cpu xpu\) and 'test_select/three' \(xpu\) both have priority 5"
+    ):
+        op.register_kernel("xpu", returning(3, "three"), priority=5)
+    assert ran(op) == 2
+
+
+def test_registering_the_same_kernel_again_changes_nothing():
+    op = new_op("again")
+    kernel = returning(1, "one")
+    op.register_kernel("cpu", kernel)
+    op.register_kernel("cpu", kernel)
+    assert [k.name for k in op.op.kernels] == ["test_select/one", "reference"]
+    with pytest.raises(RegistrationError, match="there is already a kernel 'test_select/one' for cpu"):
+        op.register_kernel("xpu", kernel)
+
+
+def test_refusals_are_reasons():
+    op = new_op("reasons")
+
+    def small_only(x: Tensor, n: int = 0) -> str | None:
+        return f"n is {n}; at most 8" if n > 8 else None
+
+    op.register_kernel("cpu", returning(1, "small"), why_not=small_only, priority=2)
+    op.register_kernel("cpu", returning(2, "absent"), requires="no_such_module.sub", priority=3)
+    op.register_kernel("cuda", returning(3, "other"))
+    assert ran(op, 3) == 1
+    assert ran(op, 9) == 0
+    text = str(op.explain(X, 9))
+    assert text.splitlines() == [
+        "t_select::reasons on cpu: reference",
+        "  test_select/absent: missing (needs no_such_module.sub)",
+        "  test_select/small: refused (n is 9; at most 8)",
+        "  test_select/other: other device",
+        "  reference: used",
+    ]
+
+
+def test_an_error_in_a_kernel_or_predicate_is_an_error():
+    op = new_op("errors")
+
+    def broken(x: Tensor, n: int = 0) -> str | None:
+        raise ZeroDivisionError("in the predicate")
+
+    op.register_kernel("cpu", returning(1, "one"), why_not=broken)
+    with pytest.raises(ZeroDivisionError, match="in the predicate"):
+        op(X)
+
+
+def test_nothing_takes_the_call():
+    @register_op("t_select::declared")
+    def declared(x: Tensor) -> Tensor:
+        """No body."""
+        ...
+
+    with pytest.raises(
+        KernelError, match=r"t_select::declared on cpu: no kernel takes this call\n.*Register a kernel for 'cpu'"
+    ):
+        declared(X)
+    declared.register_kernel("cuda", lambda x: x)
+    with pytest.raises(KernelError, match="other device"):
+        declared(X)
+
+
+def test_kernels_by_name_are_imported_at_first_use(monkeypatch):
+    module = types.ModuleType("t_select_kernels")
+    monkeypatch.setitem(sys.modules, "t_select_kernels", module)
+    op = new_op("by_name")
+    op.register_kernel("cpu", "t_select_kernels:fast", why_not="t_select_kernels:limits")
+    module.fast = returning(7, "fast")
+    module.limits = lambda x, n=0: "n is odd" if n % 2 else None
+    assert (ran(op, 2), ran(op, 3)) == (7, 0)
+
+
+@pytest.mark.parametrize(
+    ("target", "error", "message"),
+    [
+        (
+            "no_such_module_at_all:f",
+            KernelError,
+            "importing 'no_such_module_at_all' failed.*name the missing module in requires",
+        ),
+        ("math:sqroot", KernelError, r"module 'math' has no 'sqroot'\. Did you mean 'sqrt'\?"),
+        ("statistics:mean", SignatureError, r"kernel statistics/mean has parameters \(data\) but the op has \(x, n\)"),
+    ],
+)
+def test_kernels_that_cannot_be_loaded(target, error, message):
+    op = new_op(f"load_{target.split(':')[0]}")
+    op.register_kernel("cpu", target)
+    with pytest.raises(error, match=message):
+        op(X)
+
+
+@pytest.mark.parametrize("target", ["module", "a:b:c", ":f", "m:"])
+def test_targets_are_checked(target):
+    with pytest.raises(RegistrationError, match=r"is not of the form 'package.module:function'"):
+        new_op("targets").register_kernel("cpu", target)
+
+
+def test_signatures_are_compared():
+    op = new_op("signatures")
+    for wrong in (lambda x: x, lambda n, x: x, lambda x, *, n: x):
+        with pytest.raises(SignatureError, match="by the same names, in the same order"):
+            op.register_kernel("cpu", wrong)
+    with pytest.raises(SignatureError, match=r"takes \*args or"):
+        op.register_kernel("cpu", lambda *args: args)
+
+
+def test_unknown_device_type():
+    with pytest.raises(UnknownOpError, match=r"unknown device type 'cuda0'.*Did you mean 'cuda'\?"):
+        new_op("device").register_kernel("cuda0", returning(1, "one"))
+
+
+def test_use_kernel_forces_nests_and_restores():
+    op = new_op("force")
+    op.register_kernel("cpu", returning(1, "one"))
+    op.register_kernel("cpu", returning(2, "two"), priority=1)
+    with use_kernel("t_select::force", "test_select/one"):
+        assert ran(op) == 1
+        with use_kernel("force", "reference"):
+            assert ran(op) == 0
+        assert ran(op) == 1
+        assert op.explain(X).forced == "use_kernel"
+    assert ran(op) == 2
+
+
+def test_use_kernel_is_for_this_thread_only():
+    op = new_op("thread")
+    op.register_kernel("cpu", returning(1, "one"))
+    seen = []
+    with use_kernel("t_select::thread", "reference"):
+        thread = threading.Thread(target=lambda: seen.append(ran(op)))
+        thread.start()
+        thread.join()
+        assert ran(op) == 0
+    assert seen == [1]
+
+
+def test_a_forced_kernel_that_cannot_run_raises():
+    op = new_op("cannot")
+    op.register_kernel("cuda", returning(1, "gpu"))
+    op.register_kernel("cpu", returning(2, "absent"), requires="no_such_module")
+    op.register_kernel("cpu", returning(3, "picky"), why_not=lambda x, n=0: "never", priority=1)
+    for kernel, reason in [
+        ("test_select/gpu", "it is for cuda, not cpu"),
+        ("test_select/absent", "needs no_such_module"),
+        ("test_select/picky", "never"),
+    ]:
+        with use_kernel("t_select::cannot", kernel), pytest.raises(KernelError, match=f"cannot run here: {reason}"):
+            op(X)
+    assert ran(op) == 0
+
+
+@pytest.mark.parametrize(
+    ("op", "kernel", "message"),
+    [
+        ("t_select::forse", "reference", r"no op 't_select::forse'.*Did you mean 't_select::force'\?"),
+        ("t_select::names", "referense", r"has no kernel 'referense'; it has reference\. Did you mean 'reference'\?"),
+    ],
+)
+def test_use_kernel_with_unknown_names(op, kernel, message):
+    new_op("names")
+    new_op("force")
+    with pytest.raises(UnknownOpError, match=message), use_kernel(op, kernel):
+        pass
+
+
+def test_environment_forces(monkeypatch):
+    op = new_op("environment")
+    op.register_kernel("cpu", returning(1, "one"))
+    monkeypatch.setenv("OPREG_KERNELS", "other::op=x, t_select::environment=reference")
+    assert ran(op) == 0
+    assert op.explain(X).forced == "OPREG_KERNELS"
+    monkeypatch.setenv("OPREG_KERNELS", "t_select::environment")
+    with pytest.raises(UnknownOpError, match="is not of the form ns::op=kernel"):
+        op.explain(X)
+
+
+def test_choice_is_logged_once(caplog):
+    op = new_op("logged")
+    op.register_kernel("cpu", returning(1, "one"), why_not=lambda x, n=0: "too big" if n else None)
+    with caplog.at_level(logging.INFO, logger="opreg"):
+        for _ in range(3):
+            op(X, 0)
+            op(X, 1)
+    assert [record.getMessage() for record in caplog.records] == [
+        "t_select::logged on cpu runs test_select/one",
+        "t_select::logged on cpu: test_select/one refused: too big",
+        "t_select::logged on cpu runs reference",
+    ]
+
+
+def test_falling_back_to_the_reference_on_an_accelerator(caplog, monkeypatch):
+    from opreg.select import runner
+
+    op = new_op("fallback")
+    op.register_kernel("xpu", returning(1, "absent"), requires="no_such_module")
+    with caplog.at_level(logging.WARNING, logger="opreg"):
+        runner(op.op, "xpu")
+        runner(op.op, "xpu")
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "t_select::fallback on xpu falls back to its reference, which is slow; "
+        "test_select/absent: missing (needs no_such_module)"
+    )
+    monkeypatch.setenv("OPREG_STRICT", "1")
+    with pytest.raises(KernelError, match="OPREG_STRICT is set, so this is an error"):
+        runner(op.op, "xpu")
+
+
+def test_explain_of_a_device_that_is_not_here():
+    op = new_op("elsewhere")
+    op.register_kernel("tpu", returning(1, "one"))
+    assert explain(op.op, "tpu").selected.name == "test_select/one"

@@ -79,7 +79,10 @@ def infer_schema(signature: inspect.Signature, mutates_args: Sequence[str]) -> s
     def prototype() -> None: ...
 
     prototype.__signature__ = signature  # type: ignore[attr-defined]
-    return torch.library.infer_schema(prototype, mutates_args=tuple(mutates_args))
+    try:
+        return torch.library.infer_schema(prototype, mutates_args=tuple(mutates_args))
+    except AttributeError as error:  # torch 2.8 and 2.9 look for __origin__ on types that have none
+        raise TypeError(str(error)) from None
 
 
 def opcheck(op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, str]:

@@ -109,7 +109,7 @@ class Op(Generic[P, R]):
         """Add a kernel for one or several device types (None: every device). Usable as a decorator without `target`.
 
         target: a callable, or "module:function", imported at first use. Its parameters are the op's, in the same order.
-        requires: module names; the kernel is left out, with that reason, where one is not installed. Never imported here.
+        target: a callable, or "module:function", imported at first use, with the op's parameters in the op's order.
         why_not: takes the op's arguments; returns None to accept the call, or the reason for refusing it.
         priority: the largest that accepts wins; two kernels with equal priority on one device are an error.
 

@@ -71,7 +71,7 @@ def load_packages() -> dict[str, BaseException | None]:
         if point.name not in _LOADED:
             try:
                 point.load()
-            except Exception as error:  # a third party's module may raise anything; it is reported, never swallowed
+            except (Exception, SystemExit) as error:  # a third party's module may raise anything; reported, never lost
                 _LOADED[point.name] = error
             else:
                 _LOADED[point.name] = None

@@ -127,13 +127,13 @@ def candidates(op: Op, device_type: str) -> list[KernelSpec]:
     return [k for k in op.kernels if k.takes(device_type) and k.missing() is None]
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """{op: kernel} of OPREG_KERNELS="ns::op=name,ns::other=name", each part checked."""
     text = os.environ.get("OPREG_KERNELS", "")
     forced = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
         name, equals, kernel = part.partition("=")
-        if not equals:
+        if not equals or "::" not in name:
             raise UnknownOpError(f"OPREG_KERNELS: '{part}' is not of the form ns::op=kernel")
         forced[name.strip()] = kernel.strip()
     return forced
@@ -143,7 +143,7 @@ def forced_kernel(op: Op) -> tuple[KernelSpec, str] | None:
     """The kernel that use_kernel or OPREG_KERNELS demands for this op, and which of the two said so."""
     name, who = _FORCED.get().get(op.name), "use_kernel"
     if name is None:
-        name, who = _environment().get(op.name), "OPREG_KERNELS"
+        name, who = environment().get(op.name), "OPREG_KERNELS"
     return None if name is None else (kernel_named(op, name), who)
 
 

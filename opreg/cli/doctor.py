@@ -1,0 +1,223 @@
+"""`opreg doctor`: what is installed, what that switches on or off, and what is broken."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from . import start, table
+
+KNOWN = {
+    "jax": "call_jax and JAX kernels",
+    "torch_xla": "XLA devices and TPU through PyTorch/XLA",
+    "triton": "Triton kernels on cuda and xpu",
+    "intel_extension_for_pytorch": "Intel's kernels on cpu; xpu works without it",
+    "vllm_xpu_kernels": "Intel's fused kernels on xpu",
+}
+"""Optional packages and what they switch on. Those that registered kernels require are added as they are found."""
+
+VARIABLES = (
+    "OPREG_KERNELS",
+    "OPREG_STRICT",
+    "OPREG_NO_BUILD",
+    "OPREG_CACHE_DIR",
+    "CXX",
+    "PJRT_DEVICE",
+    "TORCH_LOGS",
+    "NO_COLOR",
+)
+
+
+@dataclass(frozen=True)
+class Package:
+    """An optional package: version None where it is not installed; kernels are those that require it."""
+
+    name: str
+    version: str | None
+    switches: str
+    kernels: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """An installed op package: its entry point, how many ops it registered, and why it did not load."""
+
+    name: str
+    module: str
+    distribution: str | None
+    ops: int
+    error: str | None
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        parents=[start.options()],
+        help="versions, devices, optional packages, op packages, environment; exit 1 if something installed is broken",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    loaded = start.load_ops(args.verbose)
+    packages, plugins = find_packages(), find_plugins(loaded)
+    problems = find_problems(plugins)
+    if args.json:
+        start.print_json(_json(packages, plugins, problems))
+    else:
+        print(*_text(packages, plugins, problems), sep="\n")
+    return start.FAILED if problems else start.OK
+
+
+def find_packages() -> list[Package]:
+    """Optional packages, found without importing any of them."""
+    from opreg import registry
+
+    needed: dict[str, list[str]] = {name: [] for name in KNOWN}
+    for op in registry.all_ops():
+        for kernel in op.kernels:
+            for module in kernel.requires:
+                needed.setdefault(module.partition(".")[0], []).append(kernel.name)
+    distributions = packages_distributions()
+    return [
+        Package(name, _version(name, distributions), KNOWN.get(name, ""), tuple(dict.fromkeys(kernels)))
+        for name, kernels in needed.items()
+    ]
+
+
+def _version(module: str, distributions: Any) -> str | None:
+    if find_spec(module) is None:
+        return None
+    # The index name differs from the module's for some (torch_xla is torch-xla): ask who installed the module.
+    for distribution in distributions.get(module, [module]):
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    return "unknown version"
+
+
+def find_plugins(loaded: dict[str, BaseException | None]) -> list[Plugin]:
+    from opreg import registry
+
+    from .facts import comes_from
+
+    ops = registry.all_ops()
+    plugins = []
+    for point in registry.packages():
+        error = loaded.get(point.name)
+        words = None if error is None else f"{type(error).__name__}: {error}"
+        dist = None if point.dist is None else f"{point.dist.name} {point.dist.version}"
+        plugins.append(Plugin(point.name, point.value, dist, sum(comes_from(op, point) for op in ops), words))
+    return plugins
+
+
+def find_problems(plugins: list[Plugin]) -> list[str]:
+    """What is installed or set, and broken. That something optional is absent is no problem."""
+    import torch
+
+    from opreg import _compat
+
+    problems = [f"op package '{p.name}' could not be loaded: {p.error}" for p in plugins if p.error is not None]
+    if not plugins:
+        problems.append("opreg itself is not installed, only importable, so no op package is found: pip install it")
+    if _compat.torch_version() < _compat.TESTED[0]:
+        problems.append(f"torch {torch.__version__} is older than {_dotted(_compat.TESTED[0])}: pip install -U torch")
+    return [*problems, *_override_problems()]
+
+
+def _override_problems() -> list[str]:
+    from opreg import registry, select
+    from opreg.errors import OpregError
+
+    try:
+        forced = select.environment()
+    except OpregError as error:
+        return [str(error)]
+    problems = []
+    for name, kernel in forced.items():
+        try:
+            select.kernel_named(registry.get(name), kernel)
+        except OpregError as error:
+            problems.append(f"OPREG_KERNELS: {error}")
+    return problems
+
+
+def _dotted(minor: tuple[int, int]) -> str:
+    return f"{minor[0]}.{minor[1]}"
+
+
+def _support() -> str:
+    from opreg import _compat
+
+    first, last = _compat.TESTED
+    known = first <= _compat.torch_version() <= last
+    return f"{'supported' if known else 'untested'} ({_dotted(first)} to {_dotted(last)})"
+
+
+def _compiler() -> str | None:
+    """The C++ compiler that Inductor and the C++ kernels use."""
+    return next(
+        filter(None, (shutil.which(c) for c in (os.environ.get("CXX") or "", "g++", "clang++", "c++") if c)), None
+    )
+
+
+def _json(packages: list[Package], plugins: list[Plugin], problems: list[str]) -> dict[str, Any]:
+    from torch.utils.collect_env import get_pretty_env_info
+
+    from opreg import devices
+
+    return start.envelope(
+        python=platform.python_version(),
+        platform=platform.platform(),
+        devices=devices.present(),
+        compiler=_compiler(),
+        packages=[asdict(package) for package in packages],
+        plugins=[asdict(plugin) for plugin in plugins],
+        environment={name: os.environ.get(name) for name in VARIABLES},
+        problems=problems,
+        collect_env=get_pretty_env_info(),
+    )
+
+
+def _text(packages: list[Package], plugins: list[Plugin], problems: list[str]) -> list[str]:
+    import torch
+
+    import opreg
+    from opreg import devices
+
+    compiler = _compiler()
+    rows = [
+        (f"opreg {opreg.__version__}", str(Path(opreg.__file__).parent), f"python {platform.python_version()}"),
+        (f"torch {torch.__version__}", _support(), f"devices: {' '.join(devices.present())}"),
+        ("C++ compiler", compiler or "not found", "C++ kernels and Inductor on cpu" + ("" if compiler else " are off")),
+        *(_package_row(package) for package in packages),
+    ]
+    for i, plugin in enumerate(plugins):
+        state = f"FAILED: {plugin.error}" if plugin.error else f"{plugin.ops} ops"
+        rows.append(("plug-ins" if i == 0 else "", plugin.name, f"{state}   ({plugin.distribution or plugin.module})"))
+    set_here = [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
+    unset = " ".join(name for name in VARIABLES if name not in os.environ)
+    rows.append(("environment", "   ".join([*set_here, f"unset: {unset}" if unset else ""])))
+    lines = ["".join(row).rstrip() for row in table.columns(rows)]
+    count = f"{len(problems)} problem{'' if len(problems) == 1 else 's'}:"
+    verdict = [table.paint(count, "bad"), *(f"  {problem}" for problem in problems)]
+    return [
+        *lines,
+        *(verdict if problems else [table.paint("no problems", "good")]),
+        "for an issue: opreg doctor --json",
+    ]
+
+
+def _package_row(package: Package) -> tuple[str, str, str]:
+    what = f"{package.switches}: {' '.join(package.kernels)}" if package.kernels else package.switches
+    if package.version is None:
+        return package.name, "not installed", f"off: {what}" if what else "optional"
+    return f"{package.name} {package.version}", "installed", what

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from opreg import LayerName, register_op
 
-from .gdn_attention_core import gdn_attention_core
+from .gdn_attention_core import _inputs, gdn_attention_core
 
 
 @register_op("opreg::gdn_attention_core_xpu", mutates_args=("core_attn_out", "z"), kind="attention")
@@ -19,3 +19,8 @@ def gdn_attention_core_xpu(
 ) -> None:
     """Alias of opreg::gdn_attention_core, by the name and argument order of vLLM PR #39466."""
     gdn_attention_core(core_attn_out, z, projected_states_qkvz, projected_states_ba, layer_name)
+
+
+gdn_attention_core_xpu.register_inputs(_inputs)
+for _dtype, (_rms, _why) in gdn_attention_core.op.tolerances.items():
+    gdn_attention_core_xpu.tolerance(_dtype, _rms, _why)

@@ -27,8 +27,6 @@ from .spec import REQUIRED, ArgSpec, OpSpec
 if TYPE_CHECKING:
     from .op import Op
 
-_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
-
 
 def _parameters(spec: OpSpec, defaults: dict[str, Any]) -> str:
     """'x, w, eps=_d_eps, *, k=_d_k' and the defaults' values put into `defaults`."""
@@ -180,43 +178,62 @@ def _zero_outputs(op: Op, args: tuple[Any, ...]) -> Any:
 
 
 def _guard_source(spec: OpSpec) -> str:
-    """Condition under which a direct call of the kernel is the same as a call through the dispatcher."""
-    parts = []
-    tensors = []
+    """Condition under which a direct call of the kernel is the same as a call through the dispatcher.
+
+    Cheapest first (quiet ns): exact types 7 each, the profiler flag 10, three queries of mode stacks 33 each, grad mode 30.
+    Whether a tensor wants a gradient costs 41 each and is asked only in grad mode.
+    """
+    types, grads = [], []
     for arg in spec.args:
-        if arg.layer:
+        name = arg.name
+        if arg.layer or not arg.type.startswith("Tensor"):
             continue
-        if arg.type == "Tensor":
-            parts.append(f"type({arg.name}) in _PLAIN")
-            tensors.append(f"{arg.name}.requires_grad")
-        elif arg.type == "Tensor?":
-            parts.append(f"({arg.name} is None or type({arg.name}) in _PLAIN)")
-            tensors.append(f"({arg.name} is not None and {arg.name}.requires_grad)")
-        elif arg.type.startswith("Tensor"):
-            parts.append(f"_plain_list({arg.name})")
-            tensors.append(f"_any_grad({arg.name})")
-    parts += [
+        if arg.type in ("Tensor", "Tensor?"):
+            absent = f"{name} is None or " if arg.optional else ""
+            types.append(f"({absent}type({name}) is _Tensor or type({name}) is _Parameter)")
+            grads.append(f"({name} is not None and {name}.requires_grad)" if arg.optional else f"{name}.requires_grad")
+        else:
+            types.append(f"_plain_list({name})")
+            grads.append(f"_any_grad({name})")
+    modes = [
+        "not _profiler._is_profiler_enabled",
         "not _dispatch_modes()",
         "not _function_modes()",
         "_functorch() is None",
-        "not _profiler._is_profiler_enabled",
     ]
-    if tensors:
-        parts.append(f"not (_grad_enabled() and ({' or '.join(tensors)}))")
-    return " and ".join(parts)
+    gradient = [f"(not _grad_enabled() or not ({' or '.join(grads)}))"] if grads else []
+    return " and ".join([*types, *modes, *gradient])
 
 
 def _plain_list(values: Any) -> bool:
-    return all(value is None or type(value) in _PLAIN for value in values)
+    return all(value is None or type(value) in (torch.Tensor, torch.nn.Parameter) for value in values)
 
 
 def _any_grad(values: Any) -> bool:
     return any(value is not None and value.requires_grad for value in values)
 
 
-def _layer_to_handle(spec: OpSpec, indent: str) -> str:
-    arg = spec.layer_arg
-    return "" if arg is None else f"{indent}{arg.name} = _layer_handle({arg.name})\n"
+_SOURCE = """\
+def _traced({parameters}):
+{handle}    return _overload({arguments})
+
+def _entry({parameters}):
+    _type = {device}
+    _run = _runners.get(_type)
+    if _run is None:
+        _run = _runner(_type)
+    return _run({arguments})
+
+def {name}({parameters}):
+{direct}{handle}    return _overload({arguments})
+"""
+
+_DIRECT = """\
+    if {guard}:
+        _run = _cpu if {first}.is_cpu else _runners.get({first}.device.type)
+        if _run is not None:
+            return _run({arguments})
+"""
 
 
 class Calls:
@@ -226,9 +243,11 @@ class Calls:
         self.op = op
         self.runners: dict[str, Callable[..., Any]] = {}
         spec = op.spec
-        names: dict[str, Any] = {
-            "_PLAIN": _PLAIN,
+        self._names: dict[str, Any] = {
+            "_Parameter": torch.nn.Parameter,
+            "_Tensor": torch.Tensor,
             "_any_grad": _any_grad,
+            "_cpu": None,  # the runner for CPU tensors: a global costs 15 ns less than the look-up in _runners
             "_default_device": _default_device,
             "_dispatch_modes": _len_torch_dispatch_stack,
             "_function_modes": _len_torch_function_stack,
@@ -241,44 +260,28 @@ class Calls:
             "_runners": self.runners,
             "_runner": self.runner,
         }
-        parameters, arguments = _parameters(spec, names), _arguments(spec)
-        first = spec.first_tensor
-        run = (
-            f"(_runners.get('cpu') if {first.name}.is_cpu else _runners.get({first.name}.device.type))"
-            if first
-            else "None"
-        )
-        handle = _layer_to_handle(spec, "    ")
         name = spec.name.split("::")[-1]
-        device = _device_source(spec)
-        self.traced = _compile(
-            "traced", f"def traced({parameters}):\n{handle}    return _overload({arguments})\n", names, spec
-        )
-        self.entry = _compile(
-            "entry",
-            f"def entry({parameters}):\n    _type = {device}\n    _run = _runners.get(_type)\n"
-            f"    if _run is None:\n        _run = _runner(_type)\n    return _run({arguments})\n",
-            names,
-            spec,
-        )
-        direct = (
-            f"    if {_guard_source(spec)}:\n        _run = {run}\n        if _run is not None:\n"
-            f"            return _run({arguments})\n"
-            if first
-            else ""
-        )
-        self.public = _compile(
-            name, f"def {name}({parameters}):\n{direct}{handle}    return _overload({arguments})\n", names, spec
-        )
+        parts = {"parameters": _parameters(spec, self._names), "arguments": _arguments(spec)}
+        first, layer = spec.first_tensor, spec.layer_arg
+        parts["direct"] = _DIRECT.format(guard=_guard_source(spec), first=first.name, **parts) if first else ""
+        parts["handle"] = f"    {layer.name} = _layer_handle({layer.name})\n" if layer else ""
+        source = _SOURCE.format(name=name, device=_device_source(spec), **parts)
+        exec(compile(source, f"<opreg {spec.name}>", "exec"), self._names)
+        self.traced, self.entry, self.public = (self._names[part] for part in ("_traced", "_entry", name))
 
     def runner(self, device_type: str) -> Callable[..., Any]:
         """The runner of a device, made at its first call."""
         if device_type == "meta":
             raise KernelError(f"{self.op.name}: called on meta tensors outside a fake implementation")
-        return self.runners.setdefault(device_type, make_runner(self.op, device_type))
+        run = self.runners.setdefault(device_type, make_runner(self.op, device_type))
+        if device_type == "cpu":
+            self._names["_cpu"] = run
+        return run
 
     def reset(self) -> None:
+        """Forget the runners: the next call chooses anew."""
         self.runners.clear()
+        self._names["_cpu"] = None
 
 
 def _default_device() -> str:

@@ -1,0 +1,132 @@
+"""torch.compile(backend="opreg"): split at attention, compile each distinct piece once, run the rest as it is."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch._guards import TracingContext, tracing
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx import GraphModule
+
+from opreg.errors import OpregError, listing, nearest
+from opreg.graph import SplitGraph, split_graph
+from opreg.graph_ops import value_of
+from opreg.graph_report import Report
+
+log = logging.getLogger("opreg")
+OPTIONS = ("inner", "split_on")
+_REPORTS: deque[Report] = deque(maxlen=64)
+
+
+class BackendError(OpregError, ValueError):
+    """An option of torch.compile(backend="opreg") that does not exist or cannot be used."""
+
+
+def reports() -> list[Report]:
+    """Reports of the graphs compiled by this process, oldest first, at most the last 64."""
+    return list(_REPORTS)
+
+
+def last_report() -> Report:
+    """The report of the graph compiled last.
+
+    Raises BackendError when nothing has been compiled with backend="opreg" yet."""
+    if not _REPORTS:
+        raise BackendError(
+            'opreg.backend: nothing is compiled yet; call a model made with torch.compile(model, backend="opreg").'
+        )
+    return _REPORTS[-1]
+
+
+def opreg_backend(gm: GraphModule, example_inputs: Sequence[Any], options: Mapping[str, Any] | None = None) -> Any:
+    """Compile a Dynamo graph piece by piece.
+
+    options: "inner" is what compiles a piece: "inductor" (default), "aot_eager", "eager", the name of any other Dynamo
+        backend, or a function (gm, example_inputs) -> callable. "split_on" is what split_graph splits at; default
+        splitting_ops().
+    Raises BackendError for an option that does not exist, UnknownOpError for an op that does not."""
+    chosen = dict(options or {})
+    for key in chosen:
+        if key not in OPTIONS:
+            raise BackendError(
+                f'torch.compile(backend="opreg"): there is no option {key!r}.{nearest(key, OPTIONS)} '
+                f"Options: {listing(OPTIONS)}."
+            )
+    inner = chosen.get("inner", "inductor")
+    compiler = _inner_compiler(inner)
+    mode = _ensure_values(gm, example_inputs)
+    split = split_graph(gm, on=chosen.get("split_on"))
+    report = split.report()
+    report.inner = inner if isinstance(inner, str) else getattr(inner, "__name__", repr(inner))
+    _REPORTS.append(report)
+    log.info("%s", report.summary())
+    _compile_pieces(split, report, compiler, mode)
+    for note in report.notes:
+        log.warning("%s", note)
+    return split.function()
+
+
+def _inner_compiler(inner: Any) -> Callable[..., Any] | None:
+    """The function that compiles one piece, or None to run pieces as they are."""
+    if callable(inner):
+        made: Callable[..., Any] = inner
+        return made
+    if inner == "eager":
+        return None
+    from torch._dynamo.backends.registry import list_backends, lookup_backend
+
+    known = list_backends(exclude_tags=())
+    if inner not in known or inner == "opreg":
+        raise BackendError(
+            f'torch.compile(backend="opreg"): option "inner" is {inner!r}, which is no backend that could compile a '
+            f"piece.{nearest(str(inner), known)} Give inductor, aot_eager, eager, another of "
+            f"torch._dynamo.list_backends() or a callable."
+        )
+    found: Callable[..., Any] = lookup_backend(inner)
+    return found
+
+
+def _ensure_values(gm: GraphModule, example_inputs: Sequence[Any]) -> FakeTensorMode | None:
+    """The fake mode of the graph's values; a graph that carries none is run once on fake inputs to get them."""
+    values = [value_of(n) for n in gm.graph.nodes if n.op == "placeholder"]
+    # Not the tracing context's mode: Dynamo before 2.10 puts a fresh one there while the graph's values keep theirs.
+    modes = [v.fake_mode for v in values if isinstance(v, FakeTensor)]
+    if all(v is not None for v in values):
+        return modes[0] if modes else None
+    from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+    mode = torch._guards.detect_fake_mode(list(example_inputs)) or FakeTensorMode(allow_non_fake_inputs=True)
+    FakeTensorProp(gm, mode).propagate(*example_inputs)
+    return mode
+
+
+def _compile_pieces(
+    split: SplitGraph, report: Report, compiler: Callable[..., Any] | None, mode: FakeTensorMode | None
+) -> None:
+    if compiler is None:
+        for index, module in split.modules.items():
+            split.use(index, module.forward)
+        return
+    for done, (index, module) in enumerate(split.modules.items(), 1):
+        piece = split.pieces[index]
+        start = time.perf_counter()
+        values = [value_of(n) for n in module.graph.nodes if n.op == "placeholder"]
+        # Each piece has a context of its own: AOTAutograd leaves facts about the graph it compiled in it (fw_metadata,
+        # params_flat), and those of one piece must not reach the next. Guards on sizes live in the shared shape env.
+        with tracing(TracingContext(mode)):
+            split.use(index, compiler(module, values))
+        report.seconds[index] = time.perf_counter() - start
+        log.info(
+            "compiled piece %d (%d of %d, %d ops, runs %d times) in %.2f s",
+            index,
+            done,
+            len(split.modules),
+            len(piece.nodes),
+            split.same.count(index),
+            report.seconds[index],
+        )

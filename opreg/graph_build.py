@@ -1,0 +1,222 @@
+"""From a plan to things that run: one GraphModule per distinct piece, and one generated function that strings them."""
+
+from __future__ import annotations
+
+import keyword
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from opreg.graph_key import Keys
+from opreg.graph_ops import value_of
+from opreg.graph_plan import Piece, Plan, Step
+
+
+def build_piece(keys: Keys, piece: Piece, root: Any) -> GraphModule:
+    """The piece as a GraphModule: inputs in the order of `piece.inputs`, a tuple of `piece.exports` out."""
+    graph = Graph()
+    made: dict[Any, Any] = {}
+    owned: dict[str, Any] = {}
+    for node in piece.inputs:
+        made[node] = new = graph.placeholder(_identifier(node.name))
+        new.meta = dict(node.meta)
+        if node.op == "get_attr":
+            new.meta["example_value"] = keys.attribute(node.target)
+
+    def arg(value: Any) -> Any:
+        if isinstance(value, Node | Step):
+            found = made.get(value)
+            return found if found is not None else arg(keys.cross(value))
+        if isinstance(value, tuple | list):
+            items = [arg(v) for v in value]
+            if isinstance(value, tuple) and hasattr(value, "_fields"):
+                return type(value)(*items)
+            return items if isinstance(value, list) else tuple(items)
+        if isinstance(value, dict):
+            return {k: arg(v) for k, v in value.items()}
+        if isinstance(value, slice):
+            return slice(arg(value.start), arg(value.stop), arg(value.step))
+        return value
+
+    for step in piece.steps:
+        new = graph.create_node(step.op, step.target, arg(step.args), arg(step.kwargs), step.name)
+        new.meta = dict(step.meta)
+        if step.op in ("call_module", "get_attr"):
+            owned[str(step.target)] = keys.attribute(step.target)
+        made[step] = new
+    graph.output(tuple(made[n] for n in piece.exports))
+    module = GraphModule(_Owner(owned), graph, class_name=f"Piece{piece.index}")
+    module.meta.update(getattr(root, "meta", {}))
+    return module
+
+
+class _Owner(torch.nn.Module):
+    """Gives GraphModule the attributes a piece names, dotted names included."""
+
+    def __init__(self, owned: dict[str, Any]) -> None:
+        super().__init__()
+        for path, value in owned.items():
+            *parents, last = path.split(".")
+            owner: Any = self
+            for part in parents:
+                if not hasattr(owner, part):
+                    setattr(owner, part, torch.nn.Module())
+                owner = getattr(owner, part)
+            setattr(owner, last, value)
+
+
+def _identifier(name: str) -> str:
+    return name if name.isidentifier() and not keyword.iskeyword(name) else f"in_{abs(hash(name))}"
+
+
+_OPERATORS = {operator.add: "+", operator.sub: "-", operator.mul: "*", operator.floordiv: "//"}
+
+
+class Stitcher:
+    """Writes the function that calls the pieces in order; splitting pieces are written out as plain calls."""
+
+    def __init__(self, plan: Plan, keys: Keys, root: Any) -> None:
+        self.plan = plan
+        self.keys = keys
+        self.scope: dict[str, Any] = {"_root": root}
+        self.names: dict[Any, str] = {}
+        self.lines: list[str] = []
+        self.used: list[list[str]] = []
+        self._bound: dict[int, str] = {}
+
+    def name(self, node: Any) -> str:
+        found = self.names.get(node)
+        if found is None:
+            if node.op == "get_attr":
+                # Read at every call: an owner may put another parameter there.
+                return f"_root.{node.target}" if _plain(node.target) else self.bind(self.keys.attribute(node.target))
+            found = self.names[node] = f"v{len(self.names)}"
+        return found
+
+    def bind(self, value: Any, prefix: str = "c") -> str:
+        """A global of the generated function that holds `value`."""
+        key = id(value)
+        if key not in self._bound:
+            self._bound[key] = name = f"_{prefix}{len(self._bound)}"
+            self.scope[name] = value
+        return self._bound[key]
+
+    def arg(self, value: Any, used: list[str], local: dict[Any, Any]) -> str:
+        if isinstance(value, Node | Step):
+            if value not in local:
+                other = self.keys.cross(value)
+                if other is not value:
+                    return self.arg(other, used, local)
+            name = self.name(value)
+            if value.op != "get_attr":
+                used.append(name)
+            return name
+        kind = type(value)
+        if value is None or kind in (int, str, bool):
+            return repr(value)
+        if isinstance(value, tuple | list):
+            items = [self.arg(v, used, local) for v in value]
+            if hasattr(value, "_fields"):
+                return f"{self.bind(kind)}({', '.join(items)})"
+            if isinstance(value, list):
+                return f"[{', '.join(items)}]"
+            return f"({', '.join(items)}{',' if len(items) == 1 else ''})"
+        if isinstance(value, dict):
+            return "{" + ", ".join(f"{k!r}: {self.arg(v, used, local)}" for k, v in value.items()) + "}"
+        if kind is slice:
+            return f"slice({', '.join(self.arg(v, used, local) for v in (value.start, value.stop, value.step))})"
+        return self.bind(value)
+
+    def call(self, step: Any, local: dict[Any, Any]) -> None:
+        """One line that runs one node as it is."""
+        used: list[str] = []
+        args = [self.arg(a, used, local) for a in step.args]
+        kwargs = []
+        for k, a in step.kwargs.items():
+            text = self.arg(a, used, local)
+            kwargs.append(f"{k}={text}" if k.isidentifier() and not keyword.iskeyword(k) else f"**{{{k!r}: {text}}}")
+        if step.op == "get_attr":
+            text = f"_root.{step.target}"
+        elif step.op == "call_method":
+            text = f"{args[0]}.{step.target}({', '.join(args[1:] + kwargs)})"
+        elif step.op == "call_module":
+            text = f"_root.{step.target}({', '.join(args + kwargs)})" if _plain(step.target) else ""
+            text = text or f"{self.bind(self.keys.attribute(step.target))}({', '.join(args + kwargs)})"
+        elif step.target is operator.getitem:
+            text = f"{args[0]}[{args[1]}]"
+        elif step.target in _OPERATORS and not kwargs:
+            text = f"{args[0]} {_OPERATORS[step.target]} {args[1]}"
+        else:
+            text = f"{self.bind(step.target, 'f')}({', '.join(args + kwargs)})"
+        local[step] = None
+        if step.users or step in self.keys.needed:
+            name = self.name(step)
+            text = f"{name} = {text}"
+            used.append(name)
+        self.lines.append(text)
+        self.used.append(used)
+
+    def piece(self, piece: Piece, run: Any) -> None:
+        """One line that runs one compiled piece."""
+        used: list[str] = []
+        args = [self.arg(n, used, {}) for n in piece.inputs]
+        outs = [self.name(n) for n in piece.exports]
+        call = f"{self.bind(run, 'p')}({', '.join(args)})"
+        self.lines.append(f"{', '.join(outs)}, = {call}" if outs else call)
+        self.used.append(used + outs)
+
+    def function(self, runs: dict[int, Callable[..., Any]]) -> Callable[..., Any]:
+        """Generate and compile the function; `runs` maps the index of a compiled piece to its callable."""
+        parameters = [self.name(n) for n in self.plan.placeholders]
+        for piece in self.plan.pieces:
+            if piece.split:
+                local: dict[Any, Any] = {}
+                for step in piece.steps:
+                    self.call(step, local)
+            else:
+                self.piece(piece, runs[piece.index])
+        local = {}
+        for step in self.plan.tail:
+            self.call(step, local)
+        result: list[str] = []
+        value = self.plan.output.args[0] if self.plan.output is not None else None
+        text = self.arg(value, result, local)
+        last: dict[str, int] = {}
+        for i, used in enumerate(self.used):
+            for name in used:
+                last[name] = i
+        kept = set(result) | set(parameters)
+        dead: dict[int, list[str]] = {}
+        for name, i in last.items():
+            if name not in kept:
+                dead.setdefault(i, []).append(name)
+        body: list[str] = []
+        for i, line in enumerate(self.lines):
+            body.append(line)
+            if i in dead:
+                # A value's memory is free for the next piece as soon as nobody needs it.
+                body.append(f"del {', '.join(dead[i])}")
+        defaults = [
+            f"{p}={self.bind(n.args[0])}" if n.args else p
+            for p, n in zip(parameters, self.plan.placeholders, strict=True)
+        ]
+        source = "\n    ".join([f"def forward({', '.join(defaults)}):", *body, f"return {text}"])
+        exec(compile(source, "<opreg split graph>", "exec"), self.scope)
+        made: Callable[..., Any] = self.scope["forward"]
+        made.__doc__ = source
+        return made
+
+
+def _plain(path: Any) -> bool:
+    return all(part.isidentifier() for part in str(path).split("."))
+
+
+def shape_text(node: Any) -> str:
+    """'float32[s0, 8]' for a node with a fake value, else ''."""
+    value = value_of(node)
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}[{', '.join(str(s) for s in value.shape)}]"
+    return "" if value is None else str(value) if isinstance(value, torch.SymInt) else type(value).__name__

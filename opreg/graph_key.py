@@ -1,0 +1,343 @@
+"""What makes two pieces the same: their calls, constants, and the metadata of what goes in; never names of nodes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch._ops import OpOverload, OpOverloadPacket
+from torch.fx import GraphModule, Node
+
+from opreg.graph_ops import OpFacts, name_of, value_of
+from opreg.graph_plan import Piece, Plan, Step
+
+
+class Mark:
+    """A token that equals nothing but itself, so that no constant of a graph can be mistaken for structure."""
+
+    __slots__ = ("text",)
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+CALL, METHOD, MODULE, ATTR = Mark("call"), Mark("method"), Mark("module"), Mark("attr")
+TUPLE, LIST, DICT, SLICE, END, KWARGS, HOLE = (Mark(t) for t in ("(", "[", "{", "slice", ")", "**", "?"))
+_LOCAL: list[Mark] = []
+_INPUT: list[Mark] = []
+
+
+def _marks(kept: list[Mark], letter: str, count: int) -> list[Mark]:
+    """Marks are shared by all keys ever made in this process: `%3` in one piece equals `%3` in another."""
+    while len(kept) < count:
+        kept.append(Mark(f"{letter}{len(kept)}"))
+    return kept
+
+
+class Keys:
+    """Walks the arguments of every piece once; finds inputs and exports, and the key of each piece."""
+
+    def __init__(self, plan: Plan, root: Any) -> None:
+        self.plan = plan
+        self.root = root
+        self.needed: set[Any] = set()
+        self._metas: dict[Any, Any] = {}
+        self._facts: dict[Any, bool] = {}
+        self._symbols: dict[Any, tuple[set[Any], set[Any]]] = {}
+
+    def run(self) -> None:
+        """Fill `inputs`, `exports` and `key` of every piece."""
+        pieces = self.plan.pieces
+        drafts = [self._draft(piece) for piece in pieces]
+        self.outside([self.plan.output.args] if self.plan.output is not None else [], self.plan.tail)
+        needed = self.needed
+        for piece, (tokens, holes, metas, local) in zip(pieces, drafts, strict=True):
+            piece.exports = [s for s in piece.steps if s in needed and self.plan.piece_of.get(s) == piece.index]
+            ends = tuple([local[s] for s in piece.exports])
+            piece.key = (tuple(tokens), tuple(metas), ends, tuple(holes))
+
+    def outside(self, values: Iterable[Any], tail: Iterable[Any]) -> None:
+        """Mark what the graph's output, and the views made again for it, need from the pieces."""
+        made = set(tail)
+        for value in [*values, *(s.args for s in made), *(s.kwargs for s in made)]:
+            for node in nodes_in(value):
+                for found in nodes_in(self.cross(node)):
+                    if found not in made:
+                        self.needed.add(found)
+
+    def cross(self, node: Any) -> Any:
+        """What stands for `node` outside of its piece: itself, another node, or a literal with nodes inside."""
+        instead = self.plan.instead
+        while node in instead:
+            other = instead[node]
+            if other is node:
+                return node
+            if not isinstance(other, Node | Step):
+                return other
+            node = other
+        if node.op not in ("placeholder", "get_attr"):
+            value = value_of(node)
+            if value is not None and not isinstance(value, torch.Tensor):
+                known = self.plan.scalar(value)
+                if isinstance(known, Node | int | float | bool | str):
+                    return known
+        return node
+
+    def _draft(self, piece: Piece) -> tuple[list[Any], list[Any], list[Any], dict[Any, int]]:
+        tokens: list[Any] = []
+        holes: list[Any] = []
+        local: dict[Any, int] = {}
+        inputs: dict[Any, int] = {}
+        here = _marks(_LOCAL, "%", len(piece.steps) + 1)
+        add = tokens.append
+        needed, cross = self.needed, self.cross
+
+        def walk(arg: Any) -> None:
+            if isinstance(arg, Node | Step):
+                at = local.get(arg)
+                if at is not None:
+                    add(here[at])
+                    return
+                at = inputs.get(arg)
+                if at is None:
+                    other = cross(arg)
+                    if other is not arg:
+                        walk(other)
+                        return
+                    at = inputs[arg] = len(inputs)
+                    needed.add(arg)
+                add(_INPUT[at] if at < len(_INPUT) else _marks(_INPUT, "<", at + 1)[at])
+                return
+            kind = type(arg)
+            if kind is int or kind is str or arg is None:
+                add(arg)
+            elif kind is tuple or kind is list or isinstance(arg, tuple | list):
+                add(LIST if isinstance(arg, list) else TUPLE)
+                for a in arg:
+                    walk(a)
+                add(END)
+            elif kind is bool or kind is float or kind is complex:
+                # 1, True and 1.0 are equal in Python, and 0.0 equals -0.0.
+                add((kind, repr(arg)))
+            elif isinstance(arg, dict):
+                add(DICT)
+                for k, v in arg.items():
+                    add(k)
+                    walk(v)
+                add(END)
+            elif kind is slice:
+                add(SLICE)
+                walk(arg.start)
+                walk(arg.stop)
+                walk(arg.step)
+            else:
+                add(constant(arg))
+
+        facts = self._facts
+        for i, step in enumerate(piece.steps):
+            op, target = step.op, step.target
+            if op == "call_function":
+                add(target)
+            elif op == "call_method":
+                add(METHOD)
+                add(target)
+            elif op == "call_module":
+                add(MODULE)
+                add(constant(self.attribute(target)))
+            else:
+                add(ATTR)
+                add(module_key(self.attribute(target)))
+            custom = facts.get(target)
+            if custom is None:
+                custom = facts[target] = op == "call_function" and OpFacts(op, target).custom
+            args, kwargs = step.args, step.kwargs
+            if custom:
+                for a in args:
+                    self._hole(a, tokens, holes, walk)
+                for k, a in kwargs.items():
+                    add(k)
+                    self._hole(a, tokens, holes, walk)
+            else:
+                for a in args:
+                    walk(a)
+                if kwargs:
+                    add(KWARGS)
+                    for k, a in kwargs.items():
+                        add(k)
+                        walk(a)
+            add(CALL)
+            local[step] = i
+        if self.plan.symbols and not piece.split:
+            for node in self._unbound(inputs):
+                inputs[node] = len(inputs)
+        piece.inputs = list(inputs)
+        return tokens, holes, [] if piece.split else [self.meta(n) for n in inputs], local
+
+    def _unbound(self, inputs: Iterable[Any]) -> list[Any]:
+        """Placeholders of symbols that inputs' sizes use and none of them is: a compiler could not solve for them."""
+        bound: set[Any] = set()
+        free: set[Any] = set()
+        for node in inputs:
+            found = self._symbols.get(node)
+            if found is None:
+                found = self._symbols[node] = symbols_in(value_of(node))
+            bound |= found[0]
+            free |= found[1]
+        return sorted({self.plan.symbols[s] for s in free - bound if s in self.plan.symbols}, key=lambda n: n.name)
+
+    @staticmethod
+    def _hole(arg: Any, tokens: list[Any], holes: list[Any], walk: Any) -> None:
+        """Constants of registered ops are kept apart: where only they differ, they can become inputs."""
+        if type(arg) in (str, int, float, bool):
+            tokens.append(HOLE)
+            holes.append(constant(arg) if type(arg) in (float, bool) else arg)
+        else:
+            walk(arg)
+
+    def attribute(self, path: str) -> Any:
+        """The object a get_attr or call_module node names."""
+        owner = self.root
+        for part in path.split("."):
+            owner = getattr(owner, part)
+        return owner
+
+    def meta(self, node: Any) -> Any:
+        """What a compiler may specialise on in one input."""
+        found = self._metas.get(node)
+        if found is None:
+            value = value_of(node)
+            if value is None and node.op == "get_attr":
+                value = self.attribute(node.target)
+            found = self._metas[node] = meta_key(value)
+        return found
+
+
+def meta_key(value: Any) -> Any:
+    """Dtype, device, sizes (symbols by name), strides and what else a compiler may specialise on, of one value."""
+    if isinstance(value, torch.Tensor):
+        if value.layout != torch.strided:
+            return (type(value), value.dtype, value.device, value.layout, _sizes(value.shape), value.requires_grad)
+        return (
+            type(value),
+            value.dtype,
+            value.device,
+            _sizes(value.shape),
+            _sizes(value.stride()),
+            _sizes((value.storage_offset(),)),
+            value.requires_grad,
+        )
+    if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+        return _size(value.node.expr) if isinstance(value, torch.SymInt) else (type(value), str(value.node.expr))
+    return constant(value)
+
+
+def _sizes(sizes: Iterable[Any]) -> tuple[Any, ...]:
+    return tuple([s if type(s) is int else _size(s.node.expr) for s in sizes])
+
+
+def _size(expr: Any) -> Any:
+    # A SymInt may hold a plain number; it means the same as the int.
+    return int(expr) if expr.is_number else str(expr)
+
+
+def symbols_in(value: Any) -> tuple[set[Any], set[Any]]:
+    """Symbols that are a size by themselves, and all symbols in sizes and strides."""
+    if isinstance(value, torch.Tensor):
+        shape: Iterable[Any] = value.shape
+        sizes = [s.node.expr for s in shape if isinstance(s, torch.SymInt)]
+        if not sizes:
+            return set(), set()
+        strides = [s.node.expr for s in _strides(value) if isinstance(s, torch.SymInt)]
+    elif isinstance(value, torch.SymInt):
+        sizes, strides = [value.node.expr], []
+    else:
+        return set(), set()
+    return {e for e in sizes if e.is_symbol}, set().union(*(e.free_symbols for e in sizes + strides))
+
+
+def _strides(value: torch.Tensor) -> Iterable[Any]:
+    return value.stride() if value.layout == torch.strided else ()
+
+
+def constant(value: Any) -> Any:
+    """A hashable token that is equal only for constants that mean the same."""
+    kind = type(value)
+    if kind in (bool, float, complex):
+        return (kind, repr(value))
+    if isinstance(value, torch.Tensor | torch.nn.Module):
+        return (kind, id(value))
+    try:
+        hash(value)
+    except TypeError:
+        return (kind, id(value))
+    return (kind, value)
+
+
+def module_key(value: Any) -> Any:
+    """A sub-graph (the body of a checkpoint or a while loop) is its structure; anything else is itself."""
+    if not isinstance(value, GraphModule):
+        return constant(value)
+    order = {node: i for i, node in enumerate(value.graph.nodes)}
+    lines: list[Any] = []
+    for node in order:
+        if node.op == "get_attr":
+            lines.append(("get_attr", module_key(getattr(value, str(node.target), None))))
+            continue
+        target = node.target if node.op == "call_function" else (node.op if node.op == "placeholder" else node.target)
+        flat: list[Any] = []
+        _flatten((node.args if node.op != "placeholder" else (), node.kwargs), order, flat)
+        lines.append((node.op, target, tuple(flat), meta_key(value_of(node)) if node.op == "placeholder" else None))
+    return tuple(lines)
+
+
+def _flatten(value: Any, order: dict[Any, int], flat: list[Any]) -> None:
+    if isinstance(value, Node):
+        flat.append((HOLE, order[value]))
+    elif isinstance(value, tuple | list):
+        flat.append(LIST if isinstance(value, list) else TUPLE)
+        for v in value:
+            _flatten(v, order, flat)
+        flat.append(END)
+    elif isinstance(value, dict):
+        flat.append(DICT)
+        for k, v in value.items():
+            flat.append(k)
+            _flatten(v, order, flat)
+        flat.append(END)
+    elif isinstance(value, slice):
+        _flatten(("slice", value.start, value.stop, value.step), order, flat)
+    else:
+        flat.append(constant(value))
+
+
+def nodes_in(value: Any) -> list[Any]:
+    """All nodes in a nest of tuples, lists, dicts and slices."""
+    if isinstance(value, Node | Step):
+        return [value]
+    if isinstance(value, tuple | list):
+        return [n for v in value for n in nodes_in(v)]
+    if isinstance(value, dict):
+        return [n for v in value.values() for n in nodes_in(v)]
+    if isinstance(value, slice):
+        return nodes_in((value.start, value.stop, value.step))
+    return []
+
+
+def _text(token: Any) -> str:
+    if isinstance(token, tuple):
+        return "(" + ",".join(_text(t) for t in token) + ")"
+    if isinstance(token, OpOverload | OpOverloadPacket):
+        return name_of(token)
+    if isinstance(token, type) or callable(token):
+        return f"{getattr(token, '__module__', '')}.{getattr(token, '__qualname__', token)}"
+    return f"{type(token).__name__}:{token!r}"
+
+
+def digest(key: Any) -> str:
+    """A name for a piece that is the same in every process."""
+    return hashlib.sha256(_text(key).encode()).hexdigest()[:16]

@@ -1,0 +1,338 @@
+"""Where a graph is cut: every node gets a piece, and every value that crosses a border gets a way to cross it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from opreg.graph_alias import replay_views
+from opreg.graph_ops import CHEAP, COMPUTE, ITEM, SET_GRAD, SPLIT, OpFacts, keyword_mutation, value_of
+
+
+class Step:
+    """A call the splitter adds itself; has the attributes of an fx Node that key and build read."""
+
+    __slots__ = ("args", "kwargs", "meta", "name", "op", "target", "users")
+
+    def __init__(self, name: str, target: Any, args: tuple[Any, ...]) -> None:
+        self.op = "call_function"
+        self.name = name
+        self.target = target
+        self.args = args
+        self.kwargs: dict[str, Any] = {}
+        self.meta: dict[str, Any] = {}
+        self.users: dict[Any, None] = {}
+
+
+class Piece:
+    """Nodes that run together. `steps` is what runs: views made again, regions entered, the nodes, regions left."""
+
+    __slots__ = ("exports", "index", "inputs", "key", "nodes", "split", "steps", "writes")
+
+    def __init__(self, index: int, split: bool) -> None:
+        self.index = index
+        self.split = split
+        self.nodes: list[Any] = []
+        self.steps: list[Any] = []
+        self.inputs: list[Any] = []
+        self.exports: list[Any] = []
+        self.writes = False
+        self.key: Any = None
+
+
+class Plan:
+    """The cut of one graph: pieces in order, and how values cross borders otherwise than as plain outputs."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.pieces: list[Piece] = []
+        self.piece_of: dict[Any, int] = {}
+        self.placeholders: list[Node] = []
+        self.output: Node | None = None
+        self.symbols: dict[Any, Node] = {}
+        # Instead of crossing: another node, a literal (with nodes inside), or the node computed again where it is used.
+        self.instead: dict[Any, Any] = {}
+        self.replays: dict[int, dict[Any, None]] = {}
+        self.again: dict[Any, set[int]] = {}
+        self.mutations: list[tuple[Node, list[Any]]] = []
+        self.sizes: list[Node] = []
+        self.tuples: list[Node] = []
+        self.regions: list[Node] = []
+        self.modules: list[Node] = []
+        self.notes: list[str] = []
+        self.matched: set[str] = set()
+        self.tail: list[Any] = []
+
+    def index_of(self, user: Any) -> int:
+        """The piece of a user; the output counts as the piece after the last."""
+        return self.piece_of.get(user, len(self.pieces))
+
+    def scalar(self, value: Any) -> Any:
+        """A literal, or the placeholder that carries a symbol, or None when the value must cross by itself."""
+        if isinstance(value, torch.SymInt):
+            return self.symbols.get(value.node.expr)
+        return None if isinstance(value, torch.SymFloat | torch.SymBool) else value
+
+    def elsewhere(self, node: Any) -> set[int]:
+        """The other pieces that use a node's value, those that make one of its users again included."""
+        found = {self.index_of(user) for user in node.users}
+        for user in node.users:
+            found.update(self.again.get(user, ()))
+        found.discard(self.piece_of.get(node, -1))
+        return found
+
+    def make_again(self, nodes: Iterable[Any], index: int) -> None:
+        """Run `nodes` again at the start of piece `index` (the number of pieces means: before the output)."""
+        for node in nodes:
+            self.replays.setdefault(index, {})[node] = None
+            self.again.setdefault(node, set()).add(index)
+
+
+def make_plan(graph: Graph, targets: Mapping[Any, str]) -> Plan:
+    """Cut `graph` at `targets` ({node target: name for reports})."""
+    plan = Plan(graph)
+    _assign(plan, targets)
+    for piece in plan.pieces:
+        piece.steps = piece.nodes
+    if plan.mutations and len(plan.pieces) > 1:
+        replay_views(plan)
+    # After the views, because a view made again may be the only one to use a size elsewhere.
+    _cross_sizes(plan)
+    _cross_tuples(plan)
+    for node in plan.modules:
+        _replay(plan, node)
+    order = {node: position for position, node in enumerate(graph.nodes)} if plan.replays else {}
+    for index, nodes in plan.replays.items():
+        first = sorted(nodes, key=order.__getitem__)
+        if index < len(plan.pieces):
+            plan.pieces[index].steps = first + plan.pieces[index].steps
+        else:
+            plan.tail = first
+    if plan.regions:
+        _carry_regions(plan)
+    return plan
+
+
+def _assign(plan: Plan, targets: Mapping[Any, str]) -> None:
+    """Give every node a piece, in one pass, keeping the order of the graph."""
+    facts_of: dict[Any, OpFacts] = {}
+    module_facts = OpFacts("call_module", None)
+    pieces, piece_of = plan.pieces, plan.piece_of
+    pending: list[Any] = []
+    waiting: set[Any] = set()
+    current: Piece | None = None
+    level = 0
+    getitem = operator.getitem
+    scalars: set[Any] = set()
+    for node in plan.graph.nodes:
+        op = node.op
+        if op == "placeholder":
+            plan.placeholders.append(node)
+            value = value_of(node)
+            if isinstance(value, torch.SymInt) and value.node.expr.is_symbol:
+                plan.symbols.setdefault(value.node.expr, node)
+            continue
+        if op == "output":
+            plan.output = node
+            continue
+        if op == "get_attr":
+            if isinstance(value_of(node), torch.nn.Module) or _attribute_is_module(plan.graph, node):
+                plan.modules.append(node)
+            continue
+        target = node.target
+        if op == "call_module":
+            facts = module_facts
+        else:
+            found = facts_of.get(target)
+            if found is None:
+                facts = facts_of[target] = OpFacts(op, target)
+            else:
+                facts = found
+        if target in targets and op != "call_module":
+            kind = SPLIT
+            plan.matched.add(targets[target])
+        elif target is getitem:
+            kind = _kind_of_getitem(plan, node, waiting)
+        elif target is getattr:
+            facts = OpFacts("call_method", node.args[1])
+            kind = facts.kind
+        else:
+            kind = facts.kind
+            if facts.arith:
+                value = value_of(node)
+                scalar = (
+                    not isinstance(value, torch.Tensor)
+                    if value is not None
+                    else all(n in scalars for n in node.all_input_nodes)
+                )
+                if scalar:
+                    kind = CHEAP
+                    scalars.add(node)
+        if kind == CHEAP and facts.size:
+            scalars.add(node)
+            plan.sizes.append(node)
+        elif kind == CHEAP and target is getitem and node.args[0] in scalars:
+            scalars.add(node)
+        if facts.mutates is not None:
+            plan.mutations.append((node, facts.mutates(node)))
+        elif node.kwargs and ("out" in node.kwargs or "inplace" in node.kwargs):
+            written = keyword_mutation(node)
+            if written:
+                plan.mutations.append((node, written))
+                kind = COMPUTE if kind == CHEAP else kind
+        if facts.enter or facts.exit or target is SET_GRAD:
+            plan.regions.append(node)
+        if level or facts.level:
+            if kind == SPLIT:
+                plan.notes.append(f"{node.name}: not split at, because it runs inside a torch.func transform")
+            kind = COMPUTE
+            level += facts.level
+
+        if facts.tuple_view or type(value_of(node)) in (tuple, list):
+            plan.tuples.append(node)
+        if kind == ITEM:
+            producer = node.args[0]
+            home = piece_of.get(producer)
+            if home is None:
+                pending.append(node)
+                waiting.add(node)
+            else:
+                piece_of[node] = home
+                pieces[home].nodes.append(node)
+            continue
+        if kind == CHEAP:
+            pending.append(node)
+            waiting.add(node)
+            continue
+        split = kind == SPLIT
+        if current is None or current.split != split:
+            # Cheap nodes before a splitting piece go with what precedes them; with nothing before, they follow.
+            if pending and current is not None and not current.split:
+                _settle(pending, waiting, current, piece_of)
+            current = Piece(len(pieces), split)
+            pieces.append(current)
+        if pending:
+            _settle(pending, waiting, current, piece_of)
+        current.nodes.append(node)
+        piece_of[node] = current.index
+    if pending:
+        if current is None:
+            # Nothing but cheap nodes: they run as they are, in one piece that is not compiled.
+            current = Piece(0, True)
+            pieces.append(current)
+        _settle(pending, waiting, current, piece_of)
+
+
+def _settle(pending: list[Any], waiting: set[Any], piece: Piece, piece_of: dict[Any, int]) -> None:
+    for node in pending:
+        piece.nodes.append(node)
+        piece_of[node] = piece.index
+    pending.clear()
+    waiting.clear()
+
+
+def _attribute_is_module(graph: Graph, node: Node) -> bool:
+    owner: Any = graph.owning_module
+    for part in str(node.target).split("."):
+        owner = getattr(owner, part, None)
+    return isinstance(owner, torch.nn.Module)
+
+
+def _kind_of_getitem(plan: Plan, node: Node, waiting: set[Any]) -> int:
+    producer, index = node.args[0], node.args[1]
+    if not isinstance(producer, Node):
+        return COMPUTE
+    value = value_of(producer)
+    if isinstance(value, torch.Size):
+        return CHEAP
+    if value is None:
+        # Without fake values an integer index is an element of a tuple or a view: both may stay with the producer.
+        return ITEM if isinstance(index, int) and (producer in plan.piece_of or producer in waiting) else COMPUTE
+    if not isinstance(value, torch.Tensor):
+        return ITEM if producer in plan.piece_of or producer in waiting else CHEAP
+    parts = index if isinstance(index, tuple) else (index,)
+    basic = all(p is None or p is Ellipsis or isinstance(p, int | slice) for p in parts)
+    return CHEAP if basic else COMPUTE
+
+
+def _replay(plan: Plan, node: Any) -> None:
+    """Compute a node that reads no data again in each other piece that uses it."""
+    for index in plan.elsewhere(node):
+        plan.make_again([node], index)
+        plan.instead[node] = node
+
+
+def _cross_sizes(plan: Plan) -> None:
+    """A torch.Size used whole in another piece crosses as literals, symbols and single elements."""
+    for node in plan.sizes:
+        value = value_of(node)
+        if value is None:
+            # `x.size()` and `x.shape` of a graph without fake values: read again from x, which crosses instead.
+            whole = node.target in ("size", "stride") and len(node.args) == 1 and not node.kwargs
+            if whole or node.target is getattr:
+                _replay(plan, node)
+        elif isinstance(value, tuple) and plan.elsewhere(node):
+            known = [plan.scalar(v) for v in value]
+            plan.instead[node] = tuple(
+                _element(plan, node, i, v) if known[i] is None else known[i] for i, v in enumerate(value)
+            )
+
+
+def _element(plan: Plan, node: Any, i: int, value: Any) -> Any:
+    """Element i of a tuple-valued node, as a node of the same piece."""
+    for user in node.users:
+        if user.target is operator.getitem and user.args[1] == i:
+            return user
+    part = Step(f"{node.name}_{i}", operator.getitem, (node, i))
+    part.meta["example_value"] = value
+    home = plan.piece_of[node]
+    plan.piece_of[part] = home
+    plan.pieces[home].nodes.append(part)
+    return part
+
+
+def _cross_tuples(plan: Plan) -> None:
+    """A tuple used whole in another piece crosses as its elements and is put together again there."""
+    for node in plan.tuples:
+        if plan.elsewhere(node):
+            value = value_of(node)
+            if value is None:
+                _replay(plan, node)
+                continue
+            elements = [_element(plan, node, i, v) for i, v in enumerate(value)]
+            plan.instead[node] = elements if isinstance(value, list) else tuple(elements)
+
+
+def _carry_regions(plan: Plan) -> None:
+    """Close autocast, inference-mode and no_grad regions at a border and open them again in the next piece."""
+    grads = [node for node in plan.regions if node.target is SET_GRAD]
+    # Dynamo restores the mode at the end of every region, so the last value set is the mode outside of all regions.
+    outside = grads[-1].args[0] if grads else None
+    grad = outside
+    regions = set(plan.regions)
+    opened: list[Any] = []
+    for piece in plan.pieces:
+        before: list[Any] = list(opened)
+        if grad != outside:
+            before.append(Step(f"set_grad_{piece.index}", SET_GRAD, (grad,)))
+        for node in piece.nodes:
+            if node not in regions:
+                continue
+            if node.target is SET_GRAD:
+                grad = node.args[0]
+            elif node.args and node.args[0] in opened:
+                opened.remove(node.args[0])
+            else:
+                opened.append(node)
+        after: list[Any] = []
+        for entered in reversed(opened):
+            after += [user for user in entered.users if user in regions][:1]
+        if grad != outside:
+            after.append(Step(f"reset_grad_{piece.index}", SET_GRAD, (outside,)))
+        if before or after:
+            made = plan.replays.get(piece.index, {})
+            piece.steps = piece.steps[: len(made)] + before + piece.nodes + after

@@ -1,0 +1,193 @@
+"""torch.compile(backend="opreg"): every distinct piece compiled once, for all sizes, in inference and training."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from opreg.backend import BackendError, last_report, opreg_backend, reports
+from opreg.errors import UnknownOpError
+
+LIB = torch.library.Library("opreg_backend", "DEF")
+LIB.define("attn(Tensor q, Tensor k, Tensor v, Tensor(a!) out, str name) -> ()")
+LIB.define("core(Tensor q, Tensor k, Tensor v) -> Tensor")
+LIB.impl("attn", lambda q, k, v, out, name: (out.copy_(q * k + v), None)[1], "CompositeExplicitAutograd")
+LIB.impl("core", lambda q, k, v: q * k + v, "CompositeExplicitAutograd")
+torch.library.register_fake("opreg_backend::attn", lambda q, k, v, out, name: None, lib=LIB)
+torch.library.register_fake("opreg_backend::core", lambda q, k, v: torch.empty_like(q), lib=LIB)
+torch.library.register_autograd(
+    "opreg_backend::core",
+    lambda ctx, g: (g * ctx.saved_tensors[1], g * ctx.saved_tensors[0], g),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    lib=LIB,
+)
+ON = ["opreg_backend::attn", "opreg_backend::core"]
+
+
+class Layer(nn.Module):
+    def __init__(self, width: int, name: str, functional: bool) -> None:
+        super().__init__()
+        self.name = name
+        self.functional = functional
+        self.norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.o = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
+        if self.functional:
+            out = torch.ops.opreg_backend.core(q, k, v)
+        else:
+            out = torch.empty_like(x)
+            torch.ops.opreg_backend.attn(q, k, v, out.view(-1).view(x.shape), self.name)
+        return x + torch.relu(self.o(out))
+
+
+class Model(nn.Module):
+    def __init__(self, layers: int, width: int = 8, functional: bool = False) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(width, f"layers.{i}", functional) for i in range(layers))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+
+
+class Counting:
+    """An inner compiler that counts its compilations and runs what it gets."""
+
+    def __init__(self) -> None:
+        self.compiled: list[GraphModule] = []
+
+    def __call__(self, gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+        assert len(placeholders) == len(example_inputs)
+        self.compiled.append(gm)
+        return gm.forward
+
+
+def compiled(model: nn.Module, inner: Any, **kwargs: Any) -> Callable[..., torch.Tensor]:
+    options = {"inner": inner, "split_on": ON}
+    made: Callable[..., torch.Tensor] = torch.compile(model, backend="opreg", fullgraph=True, options=options, **kwargs)
+    return made
+
+
+@torch.no_grad()
+def test_32_layers_are_three_compilations() -> None:
+    model, inner, x = Model(32), Counting(), torch.randn(5, 8)
+    torch.testing.assert_close(compiled(model, inner)(x), model(x))
+    assert len(inner.compiled) == 3
+    report = last_report()
+    assert len(report.pieces) == 65
+    assert len(report.distinct) == 3
+    assert report.splits == ("opreg_backend::attn",) * 32
+    assert report is reports()[-1]
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("functional", [False, True])
+@torch.no_grad()
+def test_one_graph_serves_many_sizes(inner: str, functional: bool) -> None:
+    model = Model(3, functional=functional)
+    fn = compiled(model, inner, dynamic=True)
+    fn(torch.randn(5, 8))
+    compiled_once = last_report()
+    for rows in (7, 2, 64):
+        x = torch.randn(rows, 8)
+        torch.testing.assert_close(fn(x), model(x))
+    assert last_report() is compiled_once, "no size compiled anything again"
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_gradients_flow_through_pieces_and_splits(inner: str) -> None:
+    model, x = Model(4, functional=True), torch.randn(5, 8)
+    fn = compiled(model, inner)
+    want = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    got = torch.autograd.grad(fn(x).square().sum(), list(model.parameters()))
+    torch.testing.assert_close(got, want)
+    report = last_report()
+    # The first layer's input wants no gradient, so that the second of the like pieces is not quite like the others.
+    assert len(report.distinct) == 4
+    assert len(report.pieces) == 9
+
+
+@torch.no_grad()
+def test_inductor_compiles_the_pieces() -> None:
+    model, x = Model(5), torch.randn(5, 8)
+    fn = compiled(model, "inductor", dynamic=True)
+    torch.testing.assert_close(fn(x), model(x))
+    x = torch.randn(9, 8)
+    torch.testing.assert_close(fn(x), model(x))
+    assert len(last_report().distinct) == 3
+    assert last_report().inner == "inductor"
+    assert set(last_report().seconds) == set(last_report().distinct)
+
+
+@torch.no_grad()
+def test_inputs_written_in_place_are_seen_by_the_caller() -> None:
+    def fn(x: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
+        cache[0].add_(1)
+        torch.ops.opreg_backend.attn(x, x, x, cache[1], "l")
+        cache.mul_(2)
+        return cache[1] + x
+
+    x = torch.randn(3)
+    mine, theirs = torch.ones(2, 3), torch.ones(2, 3)
+    torch.testing.assert_close(compiled(fn, "aot_eager")(x, mine), fn(x, theirs))
+    torch.testing.assert_close(mine, theirs)
+
+
+@torch.no_grad()
+def test_progress_and_summary_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="opreg"):
+        compiled(Model(3), Counting())(torch.randn(2, 8))
+    text = [r.getMessage() for r in caplog.records if r.name == "opreg"]
+    assert text[0] == "7 pieces: 3 at opreg_backend::attn, 4 compiled as 3 distinct"
+    assert text[2].startswith("compiled piece 2 (2 of 3,")
+    assert "runs 2 times" in text[2]
+
+
+def test_a_graph_without_fake_values_is_given_some() -> None:
+    model = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    inner = Counting()
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(opreg_backend(model, [x], options={"inner": inner, "split_on": ON})(x), model(x))
+    assert len(inner.compiled) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"iner": "eager"}, BackendError, r"no option 'iner'\. Did you mean 'inner'"),
+        ({"inner": "inducto"}, BackendError, r"'inducto', which is no backend.*Did you mean 'inductor'"),
+        ({"inner": "opreg"}, BackendError, "no backend that could compile a piece"),
+        ({"split_on": ["opreg_backend::atn"]}, UnknownOpError, "Did you mean 'opreg_backend::attn'"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        opreg_backend(torch.fx.symbolic_trace(nn.ReLU()), [torch.ones(1)], options=options)
+
+
+def test_the_report_reads_as_text_and_as_data() -> None:
+    with torch.no_grad():
+        compiled(Model(2), "eager")(torch.randn(2, 8))
+    report = last_report()
+    text = str(report)
+    assert text.splitlines()[0] == "5 pieces: 2 at opreg_backend::attn, 3 compiled as 3 distinct"
+    assert "opreg_backend::attn" in text.splitlines()[2]
+    data = report.to_dict()
+    assert [p["splitting"] for p in data["pieces"]] == [False, True, False, True, False]
+    assert data["pieces"][0]["inputs"][0].startswith("float32[")
+    assert data["distinct"] == [0, 2, 4]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .rpa_blocks import Blocks, default_blocks
+from .rpa_blocks import Blocks, current_chip, default_blocks
 from .rpa_check import check
 from .rpa_kernel import LOG2_E, Plan, kernel, scratch_shapes
 from .rpa_pages import NHD, pack_words
@@ -32,6 +32,7 @@ def ragged_paged_attention(
     kv_layout: str = NHD,
     sinks: jax.Array | None = None,
     blocks: Blocks | None = None,
+    chip: str | None = None,
     interpret: Any = False,
 ) -> jax.Array:
     """Causal attention of every sequence's query rows over its pages.
@@ -53,6 +54,7 @@ def ragged_paged_attention(
         kv_layout: "NHD" or "HND".
         sinks: float [query heads], a logit per head that takes weight and carries no value.
         blocks: block sizes; default_blocks picks them for the chip.
+        chip: "v4", "v5e", "v5p", "v6e" or "7x", where that is not JAX's default device (compiling ahead of time).
         interpret: False, or pltpu.InterpretParams to run on a CPU.
 
     Returns [tokens, query heads, head_dim] in q's dtype; rows past cu_q_lens[num_seqs] are zero.
@@ -61,7 +63,7 @@ def ragged_paged_attention(
     """
     return _call(
         q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sinks,
-        sm_scale, sliding_window, soft_cap, mask_value, k_scale, v_scale, kv_layout, blocks, interpret, False,
+        sm_scale, sliding_window, soft_cap, mask_value, k_scale, v_scale, kv_layout, blocks, chip, interpret, False,
     )[0]  # fmt: skip
 
 
@@ -82,6 +84,7 @@ def ragged_paged_attention_lse(
     kv_layout: str = NHD,
     sinks: jax.Array | None = None,
     blocks: Blocks | None = None,
+    chip: str | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """ragged_paged_attention and the natural log of the softmax denominator, sink included.
@@ -91,7 +94,7 @@ def ragged_paged_attention_lse(
     """
     out, lse = _call(
         q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sinks,
-        sm_scale, sliding_window, soft_cap, mask_value, k_scale, v_scale, kv_layout, blocks, interpret, True,
+        sm_scale, sliding_window, soft_cap, mask_value, k_scale, v_scale, kv_layout, blocks, chip, interpret, True,
     )  # fmt: skip
     return out, lse
 
@@ -112,6 +115,7 @@ def _call(
     v_scale: float | None,
     kv_layout: str,
     blocks: Blocks | None,
+    chip: str | None,
     interpret: Any,
     with_lse: bool,
 ) -> tuple[jax.Array, ...]:
@@ -124,7 +128,7 @@ def _call(
         empty = jnp.zeros(q.shape, q.dtype)
         return (empty, jnp.full(q.shape[:2], -jnp.inf, jnp.float32)) if with_lse else (empty,)
     if blocks is None:
-        blocks = default_blocks(shape, q.dtype, kv_pages.dtype, kv_layout)
+        blocks = default_blocks(shape, q.dtype, kv_pages.dtype, current_chip() if chip is None else chip)
     blocks = blocks.fitted(tokens, page_indices.shape[1] * shape.page_size, shape, kv_pages.dtype, kv_layout)
     scale = sm_scale * (1.0 if k_scale is None else k_scale)
     plan = Plan(
@@ -180,7 +184,10 @@ def _call(
         ),
         # Steps share nothing, so chips with two cores per device can split them.
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=blocks.vmem_limit_bytes
+            dimension_semantics=("parallel",),
+            vmem_limit_bytes=blocks.vmem_limit_bytes,
+            # Half of what it takes to start a copy; page numbers are held inside the cache by the kernel itself.
+            disable_bounds_checks=True,
         ),
         name="ragged_paged_attention",
         interpret=interpret,

@@ -2,9 +2,34 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from .rpa_check import CacheShape, fail
 from .rpa_pages import HND, packing
+
+MIB = 2**20
+
+# Vector memory of a core. A chip that is not known (a graph lowered where there is no TPU) gets blocks that fit all of them.
+VMEM_BYTES = {"v4": 16 * MIB, "v5e": 128 * MIB, "v5p": 64 * MIB, "v6e": 128 * MIB, "7x": 64 * MIB}
+ANY_CHIP = "any"
+
+# What JAX calls them.
+CHIPS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "7x",
+}
+
+# The compiler spills registers into vector memory: up to 3.5 MiB with the largest blocks below.
+SPILL_BYTES = 4 * MIB
 
 
 @dataclass(frozen=True)
@@ -21,7 +46,7 @@ class Blocks:
     kv_per_chunk: int
     vmem_limit_bytes: int | None = None
 
-    def fitted(self, tokens: int, capacity: int, shape: CacheShape, kv_dtype: object, kv_layout: str) -> "Blocks":
+    def fitted(self, tokens: int, capacity: int, shape: CacheShape, kv_dtype: Any, kv_layout: str) -> "Blocks":
         """The same for a call of `tokens` rows and at most `capacity` cached tokens per sequence, in whole pages and tiles."""
         for name in ("tokens_per_block", "tokens_per_tile"):
             if getattr(self, name) % 16 or getattr(self, name) <= 0:
@@ -38,6 +63,34 @@ class Blocks:
         return replace(self, tokens_per_block=rows, tokens_per_tile=tile, kv_per_block=kv, kv_per_chunk=chunk)
 
 
-def default_blocks(shape: CacheShape, q_dtype: object, kv_dtype: object, kv_layout: str) -> Blocks:
-    """Block sizes for the chip at hand."""
-    return Blocks(256, 32, 512, 512, 100 * 2**20)
+def vmem_bytes(blocks: Blocks, shape: CacheShape, q_dtype: Any, kv_dtype: Any) -> int:
+    """Vector memory that the kernel's buffers take, an allowance for spills included."""
+    width = -(-shape.head_dim // 128) * 128
+    q_size, kv_size = jnp.dtype(q_dtype).itemsize, jnp.dtype(kv_dtype).itemsize
+    rows = blocks.tokens_per_block * shape.query_heads
+    windows = 2 * 2 * rows * width * q_size  # q and out, two buffers each
+    pages = 2 * blocks.kv_per_block * 2 * shape.kv_heads * width * kv_size
+    state = rows * (width * q_size + 2 * 128 * 4 + width * 4)  # head-major q, m and l, acc
+    return windows + pages + state + SPILL_BYTES
+
+
+def current_chip() -> str:
+    """Short name of JAX's default device, or ANY_CHIP where that is not a TPU that is known here."""
+    if jax.default_backend() != "tpu":
+        return ANY_CHIP
+    return CHIPS.get(jax.devices()[0].device_kind, ANY_CHIP)
+
+
+def default_blocks(shape: CacheShape, q_dtype: Any, kv_dtype: Any, chip: str) -> Blocks:
+    """The largest blocks of a fixed shape that fit the chip."""
+    limit = VMEM_BYTES.get(chip, min(VMEM_BYTES.values()))
+    tokens, kv = 256, 512
+    while True:
+        blocks = Blocks(tokens, min(32, tokens), kv, kv, limit)
+        if vmem_bytes(blocks, shape, q_dtype, kv_dtype) <= limit or (tokens, kv) == (16, 128):
+            return blocks
+        # Rows and pages in turn, so that a tile stays near square.
+        if tokens > 16 and (tokens * 2 >= kv or kv == 128):
+            tokens //= 2
+        else:
+            kv //= 2

@@ -75,6 +75,12 @@ class PageReader:
         rows = page_size * self.rows_per_token()
         return kv_pages.at[page], buffer.at[slot, pl.ds(pl.multiple_of(index * rows, rows), rows), :]
 
+    def buffer_pages(self, buffer, slot, count: int, page_size: int):
+        """The first `count` pages of a buffer."""
+        if self.layout == HND:
+            return buffer.at[slot, :, pl.ds(0, count * page_size), :]
+        return buffer.at[slot, pl.ds(0, count * page_size * self.rows_per_token()), :]
+
     def _words(self, buffer, slot, row, count: int):
         """Strided rows of 32-bit words: word `row` of each of `count` tokens from token 0 of `row`'s origin."""
         stride = self.words_per_token

@@ -5,17 +5,19 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast, overload
+from typing import Any, Generic, Protocol, cast, overload
 
 import torch
+from typing_extensions import ParamSpec, TypeVar
 
 from . import _compat, call, devices, fake, library, registry, select, signature
 from .errors import DuplicateOpError, RegistrationError, SignatureError
 from .spec import REFERENCE, REFERENCE_PRIORITY, KernelSpec, OpSpec
 
-P = ParamSpec("P")
-R = TypeVar("R")
-R_co = TypeVar("R_co", covariant=True)
+# Defaults, so that `Op` alone means an op of any signature.
+P = ParamSpec("P", default=...)
+R = TypeVar("R", default=Any)
+R_co = TypeVar("R_co", covariant=True, default=Any)
 
 Inputs = Callable[[torch.device, torch.dtype, torch.Generator], Iterable[dict[str, Any]]]
 

@@ -71,7 +71,7 @@ class _Front:
             inner = self.take_apart(parameter, typing.get_args(hint)[0])
             if inner.layer:
                 raise self.refuse(parameter, "is a list of layer names", "pass one LayerName per parameter")
-            return replace(inner, bare=list[inner.bare], choices=None)
+            return replace(inner, bare=types.GenericAlias(list, (inner.bare,)), choices=None)
         if origin is tuple or hint is tuple:
             element = typing.get_args(hint)[0] if typing.get_args(hint) else "int"
             spelling = f"list[{getattr(element, '__name__', element)}]"

@@ -194,7 +194,7 @@ def _text(packages: list[Package], plugins: list[Plugin], problems: list[str]) -
     from opreg import devices
 
     compiler = _compiler()
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (f"opreg {opreg.__version__}", str(Path(opreg.__file__).parent), f"python {platform.python_version()}"),
         (f"torch {torch.__version__}", _support(), f"devices: {' '.join(devices.present())}"),
         ("C++ compiler", compiler or "not found", "C++ kernels and Inductor on cpu" + ("" if compiler else " are off")),

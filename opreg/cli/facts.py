@@ -25,7 +25,7 @@ class KernelFacts:
 class OpFacts:
     """One op on the device in question. note: why nothing better runs; error: why the choice could not be made."""
 
-    op: Op[Any, Any]
+    op: Op
     device: str
     selected: str | None
     kernels: tuple[KernelFacts, ...]
@@ -59,19 +59,19 @@ class OpFacts:
         }
 
 
-def device_types(op: Op[Any, Any]) -> list[str]:
+def device_types(op: Op) -> list[str]:
     """Device types that have a kernel of their own, then "any" where some kernel runs everywhere."""
     named = {name for kernel in op.kernels for name in kernel.device_types or ()}
     order = [name for name in devices.KNOWN if name in named] + sorted(named.difference(devices.KNOWN))
     return [*order, "any"] if any(kernel.device_types is None for kernel in op.kernels) else order
 
 
-def comes_from(op: Op[Any, Any], point: EntryPoint) -> bool:
+def comes_from(op: Op, point: EntryPoint) -> bool:
     """Whether the op was declared in the top-level package that an entry point names."""
     return op.body.__module__.partition(".")[0] == point.module.partition(".")[0]
 
 
-def look(op: Op[Any, Any], device: str) -> OpFacts:
+def look(op: Op, device: str) -> OpFacts:
     """Everything about `op` on a device type. A forced choice that cannot be made is a fact, not an exception."""
     try:
         explanation = select.explain(op, device)
@@ -81,19 +81,19 @@ def look(op: Op[Any, Any], device: str) -> OpFacts:
         return OpFacts(op, device, None, kernels, str(error), str(error))
     kernels = tuple(_kernel(d.kernel, d.state, d.why, device) for d in explanation.decisions)
     selected = explanation.selected
-    error = None
+    broken = None
     if forced is not None:
         kernel, who = forced
         note = f"forced by {who}"
         if selected is None:
             reason = kernel.missing() or f"it is for {kernel.devices}, not {device}"
-            note = error = f"{who} forces {kernel.name}, which cannot run here: {reason}"
+            note = broken = f"{who} forces {kernel.name}, which cannot run here: {reason}"
     else:
         better = [k for k in kernels if k.state == "missing" and _beats(k.spec, selected)]
         note = "; ".join(f"{k.spec.name} {k.why}" for k in better)
         if selected is None:
             note = note or "no kernel for this device"
-    return OpFacts(op, device, selected.name if selected else None, kernels, note, error)
+    return OpFacts(op, device, selected.name if selected else None, kernels, note, broken)
 
 
 def _kernel(kernel: KernelSpec, state: str, why: str, device: str) -> KernelFacts:

@@ -43,7 +43,7 @@ def load_ops(verbose: bool = False) -> dict[str, BaseException | None]:
     return loaded
 
 
-def find_op(name: str) -> Op[Any, Any]:
+def find_op(name: str) -> Op:
     """The op of a full or unique short name; UnknownOpError with the nearest name."""
     from opreg import registry
 

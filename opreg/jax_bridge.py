@@ -15,7 +15,7 @@ from torch._C._functorch import peek_interpreter_stack
 from ._compat import constant_under_dynamo, trace_instead
 from .jax_bridge_arrays import COPY_LIMIT, PLAIN, JaxArgumentError, check_tensor, from_foreign, runtime
 from .jax_bridge_executors import execute, own
-from .jax_bridge_op import OP
+from .jax_bridge_op import OP, apply
 from .jax_bridge_programs import (
     JaxCacheInfo,
     JaxTraceLimitError,
@@ -49,15 +49,15 @@ _grad_enabled = torch.is_grad_enabled
 def call_jax(fn: Callable[..., Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
     """Call a JAX function on torch tensors, as one torch operator: eager, compiled, exported, differentiable.
 
-    fn: a function of JAX arrays, traced by jax.jit once per structure, static values, shapes and dtypes. Define it once:
-        a new function object (a lambda in a loop) is traced anew, and forgotten when it dies.
-    args, kwargs: any pytrees. Tensors (all on one device), numpy arrays, JAX arrays and JAX random keys are operands. Every
-        other leaf (None, bool, int, float, str, enum, dtype, frozen dataclass, …) is static: part of the cache key,
-        type included.
+    fn: a function of JAX arrays, traced by jax.jit once per structure, static values, shapes and dtypes. Define it
+        once: a new function object (a lambda in a loop) is traced anew, and forgotten when it dies.
+    args, kwargs: any pytrees. Tensors (all on one device), numpy arrays, JAX arrays and JAX random keys are operands.
+        Every other leaf (None, bool, int, float, str, enum, dtype, frozen dataclass, …) is static: part of the cache
+        key, type included.
 
-    Returns the function's pytree with tensors for arrays, contiguous, none sharing memory with an argument. Gradients flow
-    to tensors that require them. A 64-bit tensor among the arguments turns JAX's x64 mode on inside the function, so
-    that nothing is truncated; JAX's own defaults are then 64 bits wide too.
+    Returns the function's pytree with tensors for arrays, contiguous, none sharing memory with an argument. Gradients
+    flow to tensors that require them. A 64-bit tensor among the arguments turns JAX's x64 mode on inside the
+    function, so that nothing is truncated; JAX's own defaults are then 64 bits wide too.
 
     Raises JaxArgumentError (an argument that cannot cross), KernelError (jax missing, no executor), JaxTraceLimitError
     (see jax_cache_limits); errors of the function itself pass through.
@@ -119,14 +119,16 @@ def _call(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
             raise _bad_tensors(function.label, treedef, leaves)
         if tensor.dtype not in run.to_numpy_dtype:
             raise _bad_tensors(function.label, treedef, leaves)
-    if plain and _eager() and not (needs_grad and _grad_enabled()):
+    if plain and _eager() and not (tensors and tensors[0].is_meta) and not (needs_grad and _grad_enabled()):
         results, tree = execute(program, tensors)
         return tree.unflatten(results)
     if not _eager():
         function.pin()  # a graph that is being made names the program and may run at any time
     tensors = tensors or [torch.empty(0)]  # an operator without a tensor has no device
     tree = infer(program, tensors)[0].tree
-    return tree.unflatten(OP(tensors, program.name))
+    return tree.unflatten(
+        OP(tensors, program.name) if peek_interpreter_stack() is None else apply(program.name, tensors)
+    )
 
 
 def _unwrap_partial(
@@ -151,15 +153,16 @@ def _bad_tensors(label: str, treedef: Any, leaves: list[Any]) -> JaxArgumentErro
         check_tensor(leaf, name, label)
     where = ", ".join(f"{name} on {leaf.device}" for name, leaf in named)
     return JaxArgumentError(
-        f"call_jax({label}): its tensors are on different devices: {where}; move them to one (numpy and JAX arrays count as cpu)"
+        f"call_jax({label}): its tensors are on different devices: {where}; move them to one "
+        "(numpy and JAX arrays count as cpu)"
     )
 
 
-# What Dynamo traces instead of call_jax. A function and static values are constants of the graph; what the program is called
-# and in which order it takes its operands is worked out once, by ordinary Python, and becomes a constant too.
+# What Dynamo traces instead of call_jax. A function and static values are constants of the graph; what the program is
+# called and in which order it takes its operands is worked out once, by ordinary Python, and becomes a constant too.
 
 _CLASSES: dict[str, type] = {}
-"""Classes that results are rebuilt with inside a compiled graph; Dynamo takes classes from globals, not from constants."""
+"""Classes that results are rebuilt with inside a graph; Dynamo takes classes from globals, not from constants."""
 
 
 class _Operand:
@@ -236,8 +239,8 @@ def _describe(value: Any, name: str) -> tuple[Any, ...]:
         _CLASSES[where] = kind
         return ("class", where, tuple(_describe(item, name) for item in value))
     raise JaxArgumentError(
-        f"call_jax({name.partition('#')[0]}): the result holds a {kind.__module__}.{kind.__qualname__}, which torch.compile "
-        "cannot rebuild inside a graph; return tuples, lists, dicts or NamedTuples there"
+        f"call_jax({name.partition('#')[0]}): the result holds a {kind.__module__}.{kind.__qualname__}, which "
+        "torch.compile cannot rebuild inside a graph; return tuples, lists, dicts or NamedTuples there"
     )
 
 

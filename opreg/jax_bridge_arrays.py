@@ -1,19 +1,21 @@
 """Tensors to JAX and back: the one place that imports jax, the dtype table, and what each dtype or layout costs.
 
-On CPU an argument becomes a numpy view of the tensor (0.6 us; jax.dlpack.from_dlpack takes 30 us) and jax uses its memory
-without a copy where it is aligned to 64 bytes and contiguous. A small result is copied out (0.3 us), a large one is taken over
-through DLPack (about 6 us, no copy).
+On CPU an argument becomes a numpy view of the tensor (0.6 us; jax.dlpack.from_dlpack takes 30 us) and jax uses its
+memory without a copy where it is aligned to 64 bytes and contiguous. A small result is copied out (0.3 us), a large one
+is taken over through DLPack (about 6 us, no copy).
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from .errors import KernelError, OpregError
 
@@ -88,7 +90,7 @@ def runtime() -> Runtime:
     # jax.enable_x64 is the public name from jax 0.8; before that it lived in jax.experimental.
     enable_x64 = getattr(jax, "enable_x64", None)
     if not callable(enable_x64):
-        from jax.experimental import enable_x64
+        enable_x64 = importlib.import_module("jax.experimental").enable_x64
     to_numpy = {dtype: numpy.dtype(str(dtype).removeprefix("torch.")) for dtype in _DIRECT}
     to_numpy.update({dtype: numpy.dtype(getattr(jnp, name)) for dtype, (_, name) in _STORED.items()})
     cpu = jax.local_devices(backend="cpu")[0]
@@ -146,7 +148,7 @@ def cpu_tensor(array: Any, function: str, keep: bool = False) -> torch.Tensor:
     run = runtime()
     dtype = torch_dtype(array.dtype, function)
     if array.nbytes > COPY_LIMIT and not keep and array.dtype in run.dlpack_dtypes:
-        taken: torch.Tensor = torch.from_dlpack(array)
+        taken: torch.Tensor = from_dlpack(array)
         return taken
     # numpy.array waits, copies, and gives writable memory (numpy.asarray would be a read-only view).
     return _named(run.numpy.array(array), dtype)

@@ -1,12 +1,12 @@
 """The torch operator behind every JAX function: opreg::jax_call(Tensor[] tensors, str program) -> Tensor[].
 
-`program` names an entry of jax_bridge_programs. Its gradient is the same operator with the program's vjp, so that gradients of
-any order exist; its batching rule is the same operator with the program's jax.vmap.
+`program` names an entry of jax_bridge_programs. Its gradient is the same operator with the program's vjp, so that
+gradients of any order exist; its batching rule is the same operator with the program's jax.vmap.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,16 +37,22 @@ def _fake(tensors: Sequence[torch.Tensor], program: str) -> list[torch.Tensor]:
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Sequence[torch.Tensor]) -> None:
     tensors, name = inputs
-    program = by_name(name)
     ctx.save_for_backward(*tensors)
-    ctx.program = program
-    ctx.alive = program.function.get()  # the graph needs the function for as long as it may run backward
-    ctx.outputs = len(output)
+    ctx.program = by_name(name)
+    ctx.alive = ctx.program.function.get()  # the graph needs the function for as long as it may run backward
 
 
 def _backward(ctx: Any, grads: Sequence[torch.Tensor | None]) -> tuple[list[torch.Tensor | None], None]:
+    return _gradients(ctx, ctx.needs_input_grad[0], grads, lambda tensors, name: OP(tensors, name)), None
+
+
+def _gradients(
+    ctx: Any,
+    needed: Sequence[bool],
+    grads: Sequence[torch.Tensor | None],
+    call: Callable[[list[torch.Tensor], str], Sequence[torch.Tensor]],
+) -> list[torch.Tensor | None]:
     tensors = ctx.saved_tensors
-    needed = ctx.needs_input_grad[0]
     wanted = tuple(
         i for i, tensor in enumerate(tensors) if needed[i] and (tensor.is_floating_point() or tensor.is_complex())
     )
@@ -54,10 +60,40 @@ def _backward(ctx: Any, grads: Sequence[torch.Tensor | None]) -> tuple[list[torc
     result: list[torch.Tensor | None] = [None] * len(tensors)
     if wanted and given:
         program = vjp(ctx.program, len(tensors), wanted, given)
-        cotangents = [grad for grad in grads if grad is not None]
-        for index, grad in zip(wanted, OP([*tensors, *cotangents], program.name), strict=True):
+        found = call([*tensors, *(grad for grad in grads if grad is not None)], program.name)
+        for index, grad in zip(wanted, found, strict=True):
             result[index] = grad
-    return result, None
+    return result
+
+
+class Transformed(torch.autograd.Function):
+    """The operator for torch.func's transforms, which do not see through the formula of an operator."""
+
+    @staticmethod
+    def forward(name: str, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(OP(list(tensors), name))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        name, *tensors = inputs
+        _setup(ctx, (tensors, name), output)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(out for out in output if not (out.is_floating_point() or out.is_complex())))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        return None, *_gradients(ctx, ctx.needs_input_grad[1:], grads, lambda ts, name: apply(name, ts))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], name: str, *tensors: torch.Tensor) -> tuple[Any, Any]:
+        outputs = apply(vmap(by_name(name), tuple(in_dims[1:])).name, tensors)
+        return outputs, (0,) * len(outputs)
+
+
+def apply(name: str, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Call a program by name under torch.func's transforms."""
+    outputs: tuple[torch.Tensor, ...] = Transformed.apply(name, *tensors)  # type: ignore[no-untyped-call]
+    return outputs
 
 
 def vjp(program: Program, arity: int, wanted: tuple[int, ...], given: tuple[int, ...]) -> Program:

@@ -1,9 +1,9 @@
 """JAX programs: a function with its argument structure and static values, the jitted form of it, and the bounded cache.
 
-A program is found by the identity of the function (weakly held: nothing survives the function, and a reused id is noticed),
-the pytree of the arguments, and the static values with their types, so that 1, 1.0 and True are three programs. Shapes,
-dtypes and jax's own configuration are keys of jax.jit inside a program. Gradients and batched forms are programs derived
-from a program, found by name from it.
+A program is found by the identity of the function (weakly held: nothing survives the function, and a reused id is
+noticed), the pytree of the arguments, and the static values with their types, so that 1, 1.0 and True are three
+programs. Shapes, dtypes and jax's own configuration are keys of jax.jit inside a program. Gradients and batched forms
+are programs derived from a program, found by name from it.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class JaxTraceLimitError(OpregError, RuntimeError):
 class JaxCacheInfo:
     """Counters of the JAX bridge since the start of the process or the last jax_cache_clear().
 
-    calls: executions. traces: how often a JAX function was traced and compiled; symbolic_traces: traced for output sizes
-    with symbolic sizes only. entries: compiled specialisations held now, at most `limit`. evictions: specialisations
-    dropped to stay under it. functions, programs: how many are known now. reasons: why the latest 100 traces happened.
+    calls: executions. traces: how often a JAX function was traced and compiled; symbolic_traces: traced for output
+    sizes only. entries: compiled specialisations held now, at most `limit`. evictions: specialisations dropped to stay
+    under it. functions, programs: how many are known now. reasons: why the latest 100 traces happened.
     """
 
     calls: int
@@ -254,11 +254,12 @@ def _leaf_key(leaf: Any, function: Function, treedef: Any, index: int) -> tuple[
     key = static_key(leaf)
     if key is None:
         names = argument_names(treedef)
+        kind = f"{type(leaf).__module__}.{type(leaf).__qualname__}"
         raise JaxArgumentError(
-            f"call_jax({function.label}): {names[index]} is a {type(leaf).__module__}.{type(leaf).__qualname__}, which is "
-            "neither an array nor a value that can be part of the cache key (None, bool, int, float, complex, str, bytes, "
-            "enum, dtype, type, function, slice, frozen dataclass). Bind it with functools.partial inside a function of "
-            "your own, or register its class as a JAX pytree"
+            f"call_jax({function.label}): {names[index]} is a {kind}, which is neither an array nor a value that can be "
+            "part of the cache key (None, bool, int, float, complex, str, bytes, enum, dtype, type, function, slice, "
+            "frozen dataclass). Use it inside a function of your own instead of passing it, or register its class as a "
+            "JAX pytree"
         )
     return key, None
 
@@ -328,8 +329,8 @@ def by_name(name: str) -> Program:
     program = state.programs.get(name)
     if program is None:
         raise KernelError(
-            f"opreg::jax_call: there is no JAX program '{name}' in this process. A graph that leaves the process must carry "
-            "its programs: save it with torch.export, which does"
+            f"opreg::jax_call: there is no JAX program '{name}' in this process. A graph that leaves the process must "
+            "carry its programs: save it with torch.export, which does"
         )
     return program
 
@@ -365,8 +366,8 @@ def note_trace(program: Program, arrays: tuple[Any, ...]) -> None:
             recent = "; ".join(r for r in list(state.reasons)[-3:] if r.startswith(function.label))
             raise JaxTraceLimitError(
                 f"call_jax({function.label}): traced {function.traces} times, and jax_cache_limits(max_traces="
-                f"{state.max_traces}) allows no more. Latest reasons: {recent}. Pass values that change as tensors, pad "
-                "sizes to a few buckets, and define the function once, outside the loop"
+                f"{state.max_traces}) allows no more. Latest reasons: {recent}. Pass values that change as tensors, "
+                "pad sizes to a few buckets, and define the function once, outside the loop"
             )
         _evict(program)
     log.debug("traced %s", reason)
@@ -422,8 +423,8 @@ def jax_cache_info() -> JaxCacheInfo:
 def jax_cache_limits(*, entries: int | None = None, max_traces: int | None = None) -> None:
     """Set how many compiled specialisations are kept (None: as it is) and how often one function may be traced.
 
-    entries: at least 1; the least recently used ones go first. max_traces: traces per function after which a further one
-    raises JaxTraceLimitError; None for no limit.
+    entries: at least 1; the least recently used ones go first. max_traces: traces per function after which a further
+    one raises JaxTraceLimitError; None for no limit.
     """
     if entries is not None and entries < 1:
         raise ValueError(f"jax_cache_limits: entries is {entries}; it must be at least 1")

@@ -1,7 +1,8 @@
-"""What a JAX program returns for given inputs, without running it: jax.eval_shape, with symbolic sizes where torch has them.
+"""What a JAX program returns for given inputs, without running it: jax.eval_shape, symbolic where torch's sizes are.
 
-torch's symbolic sizes become jax.export's and come back as expressions of torch's, so that one graph serves many sizes. Where a
-JAX function asks what only a number can answer, the sizes become numbers (a new graph for each), and the log says why.
+torch's symbolic sizes become jax.export's and come back as expressions of torch's, so that one graph serves many sizes.
+Where a JAX function asks what only a number can answer, the sizes become numbers (a new graph for each), and the log
+says why.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from .jax_bridge_programs import Program, log, symbolically
 
 @dataclass(frozen=True)
 class Signature:
-    """The results of a program: the pytree, and each leaf's sizes (integers, or text in the symbols) and torch dtype."""
+    """The results of a program: the pytree, and each leaf's sizes (integers, or text in symbols) and torch dtype."""
 
     tree: Any
     leaves: tuple[tuple[tuple[int | str, ...], torch.dtype], ...]
 
 
 def x64(dtypes: Sequence[torch.dtype]) -> Any:
-    """The context in which jax keeps 64-bit types, where one is among the inputs; otherwise jax stays as the user set it."""
+    """The context in which jax keeps 64-bit types, where one is among the inputs; otherwise jax as the user set it."""
     return runtime().enable_x64(True) if any(dtype in WIDE for dtype in dtypes) else nullcontext()
 
 
@@ -94,7 +95,7 @@ def _numbers(program: Program, shape: tuple[Any, ...], reason: Exception) -> tup
 
 
 class _Symbols:
-    """Names for torch's symbolic sizes: a plain symbol gets a name, an expression of named symbols is written in them."""
+    """Names for torch's symbolic sizes, one per distinct expression, and the bounds that torch knows of them."""
 
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}
@@ -112,7 +113,7 @@ class _Symbols:
         if name is None:
             name = self.names[expression] = f"d{len(self.names)}"
             self.values[name] = size
-            # torch takes a symbolic size to be at least 2 unless it was told otherwise; jax takes at least 1 for granted.
+            # torch takes a symbolic size to be at least 2 unless told otherwise; jax takes at least 1 for granted.
             bounds = size.node.shape_env.bound_sympy(size.node.expr) if size.node.shape_env is not None else None
             if bounds is not None and bounds.lower.is_finite and bounds.lower > 1:
                 self.bounds.append(f"{name} >= {int(bounds.lower)}")
@@ -142,7 +143,10 @@ _CALLS: dict[str, Callable[..., Any]] = {
 
 def evaluate(size: int | str, values: dict[str, Any]) -> Any:
     """A size written by jax ('2*d0 + 1', 'floordiv(d0, 2)') as a torch size, from the values of the symbols."""
-    return size if isinstance(size, int) else _evaluate(ast.parse(size, mode="eval").body, values)
+    if isinstance(size, int):
+        return size
+    # jax writes powers as d0^2, which python would read as exclusive or, with another precedence.
+    return _evaluate(ast.parse(size.replace("^", "**"), mode="eval").body, values)
 
 
 def _evaluate(node: ast.expr, values: dict[str, Any]) -> Any:

@@ -1,0 +1,89 @@
+# make demo    set up .venv and run the main job
+# make test    set up .venv and run the tests
+# make lint    ruff, and mypy on a regular install
+# make lanes   the tests that need another torch or a vendor's package, each in an environment of its own
+#
+# PYTHON=python3.12 chooses another interpreter (3.10 to 3.12). PIP_FLAGS is handed to pip: where pip would take the
+# CUDA build of torch, PIP_FLAGS="--extra-index-url URL" with the index of CPU builds saves several GB.
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: demo test lint lanes lane-xla lane-ipex lane-tpu-aot lane-triton lane-transformers lane-slow clean
+
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+ifeq ($(filter 3.10 3.11 3.12,$(VERSION)),)
+$(error $(PYTHON) is Python '$(VERSION)'; opreg needs 3.10, 3.11 or 3.12: make PYTHON=python3.12)
+endif
+# The interpreter's version is in the stamp's name, so that another PYTHON builds the environment anew.
+STAMP := installed-$(VERSION)
+
+# $(call environment,folder,dependency group): a virtual environment with opreg (editable) and the pinned group.
+define environment
+	@echo "== setting up $(1) (Python $(VERSION), dependency group '$(2)' of pyproject.toml)"
+	if [ -x $(1)/bin/python ] && $(1)/bin/python -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] != "$(VERSION)")'; \
+	then echo "   found $(1)"; else $(PYTHON) -m venv --clear $(1); fi
+	$(1)/bin/python -m pip install -q --disable-pip-version-check pip==25.3
+	$(1)/bin/python -m pip install -q $(PIP_FLAGS) -e . --group $(2)
+endef
+
+demo: .venv/$(STAMP)
+	.venv/bin/python examples/05_serve_qwen3_next.py
+
+test: .venv/$(STAMP)
+	.venv/bin/python -m pytest
+
+lint: .venv/lint-$(STAMP)
+	.venv/bin/python -m ruff check .
+	.venv/bin/python -m ruff format --check .
+	# mypy does not follow the editable install's folder mapping, so it reads a regular one. `build` is removed first:
+	# setuptools would pack what an earlier build left there.
+	rm -rf build
+	.venv/bin/python -m pip install -q --no-deps --no-build-isolation --target build/typed .
+	cd build/typed && MYPYPATH=. ../../.venv/bin/python -m mypy --config-file ../../pyproject.toml -p opreg
+
+lanes: lane-transformers lane-slow lane-triton lane-tpu-aot lane-ipex lane-xla
+
+# The core's own tests, for the other torch versions: all of tests/ but what needs jax, transformers or a build.
+CORE := $(filter-out tests/test_jax% tests/test_packaging.py tests/test_plugins.py tests/test_readme.py, \
+	$(sort $(wildcard tests/test_*.py))) tests/ops
+
+lane-transformers: .venv/$(STAMP)
+	.venv/bin/python -m pytest tests/kernels/test_gdn_transformers.py $(wildcard tests/lanes/transformers)
+
+lane-slow: .venv/$(STAMP)
+	.venv/bin/python -m pytest -m slow
+
+lane-triton: .venv-triton/$(STAMP)
+	.venv-triton/bin/python -m pytest tests/lanes/triton
+
+lane-tpu-aot: .venv-tpu-aot/$(STAMP)
+	TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu .venv-tpu-aot/bin/python -m pytest tests/lanes/tpu_aot
+
+lane-ipex: .venv-ipex/$(STAMP)
+	.venv-ipex/bin/python -m pytest $(CORE) tests/lanes/ipex
+
+lane-xla: .venv-xla/$(STAMP)
+	PJRT_DEVICE=CPU .venv-xla/bin/python -m pytest $(CORE) tests/lanes/xla
+
+.venv/$(STAMP): pyproject.toml
+	$(call environment,.venv,test)
+	touch $@
+
+.venv/lint-$(STAMP): .venv/$(STAMP)
+	.venv/bin/python -m pip install -q $(PIP_FLAGS) --group lint
+	touch $@
+
+.venv-xla/$(STAMP): pyproject.toml
+	$(call environment,.venv-xla,lane-xla)
+	.venv-xla/bin/python -m pip install -q --no-deps --group lane-xla-without-dependencies
+	touch $@
+
+.venv-%/$(STAMP): pyproject.toml
+	$(call environment,.venv-$*,lane-$*)
+	touch $@
+
+clean:
+	rm -rf .venv .venv-* build dist *.egg-info

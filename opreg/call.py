@@ -1,9 +1,9 @@
 """The functions through which an op is called, written out per op with its exact arity.
 
 A generic `*args` wrapper costs 80 ns per call and a callable object 170 ns; a function generated for the signature
-costs 20 ns. For each op there are four: what users hold (a direct call in plain eager, else the OpOverload), what
-Dynamo traces in its place, what the dispatcher calls, and the per-device runner that checks the contract and the layer
-before the kernel.
+costs 20 ns. For each op there are five: what users hold (a direct call in plain eager, else the OpOverload), what
+Dynamo traces in its place, what the dispatcher calls, what Inductor's graphs call, and the per-device runner that
+checks the contract and the layer before the kernel.
 """
 
 from __future__ import annotations
@@ -134,13 +134,14 @@ class _Checks:
         return [f"if {size} != {variable}: {self.fail}"]
 
 
-def make_runner(op: Op, device_type: str) -> Callable[..., Any]:
+def make_runner(op: Op, device_type: str, checked: bool = True) -> Callable[..., Any]:
     """What computes the op on one device: contract check, profiling run of a layer op, kernel. Only the kernel if that
     is all."""
     spec = op.spec
     kernel = select.runner(op, device_type)
-    check = _Checks(spec).lines
-    if not check and spec.layer_arg is None:
+    check = _Checks(spec).lines if checked else []
+    fills = _fills(spec)
+    if not check and spec.layer_arg is None and not fills:
         return kernel
     names: dict[str, Any] = {"_kernel": kernel, "_current": context._current}
     names.update(
@@ -158,17 +159,41 @@ def make_runner(op: Op, device_type: str) -> Callable[..., Any]:
     names["_mismatch"] = mismatch
     lines = [f"def run({_parameters(spec, names)}):", *(f"    {line}" for line in check)]
     if spec.layer_arg is not None:
-        lines.append(f"    if _current.get()[{spec.layer_arg.name}][1] is None:")
-        for arg in spec.args:
-            if arg.mutated and arg.type.startswith("Tensor") and arg.type.endswith("[]"):
-                lines.append(f"        for _out in {arg.name}: _out.zero_()")
-            elif arg.mutated:
-                lines.append(f"        {f'if {arg.name} is not None: ' if arg.optional else ''}{arg.name}.zero_()")
+        name = spec.layer_arg.name
+        lines += [
+            f"    if type({name}) is not str:",
+            f"        {name} = _layer_name({name})",
+            f"    _metadata = _current.get()[{name}][1]",
+            "    if _metadata is None:",
+        ]
+        names["_layer_name"] = context.layer_name
+        undefined = [arg for arg in spec.args if arg.mutated and not arg.layer and arg.start != "state"]
+        lines += [f"        {_fill(arg, '')}" for arg in undefined]
         everything = "".join(f"{arg.name}, " for arg in spec.args)
         lines.append(f"        return _zeros(({everything}))" if spec.returns else "        return None")
         names["_zeros"] = functools.partial(_zero_outputs, op)
+    lines += [f"    {line}" for line in fills]
     lines.append(f"    return _kernel({_arguments(spec)})")
     return _compile("run", "\n".join(lines) + "\n", names, spec)
+
+
+def _fill(arg: ArgSpec, rows: str) -> str:
+    """'out[rows].zero_()' for one tensor, an optional one or a list."""
+    if arg.type.endswith("[]"):
+        return f"for _out in {arg.name}: _out{rows}.zero_()"
+    return f"{f'if {arg.name} is not None: ' if arg.optional else ''}{arg.name}{rows}.zero_()"
+
+
+def _fills(spec: OpSpec) -> list[str]:
+    """What is zeroed before the kernel: arguments that start as "zeros", and of a "tail" the rows past the tokens."""
+    lines = [_fill(arg, "") for arg in spec.args if arg.start == "zeros"]
+    tails = [_fill(arg, "[_tokens:]") for arg in spec.args if arg.start == "tail"]
+    if tails:
+        given = any(arg.name == "num_actual_tokens" for arg in spec.args)
+        lines.append("_tokens = num_actual_tokens" if given else "_tokens = _metadata.num_actual_tokens")
+        lines.append("if _tokens is not None:")
+        lines += [f"    {line}" for line in tails]
+    return lines
 
 
 def _zero_outputs(op: Op, args: tuple[Any, ...]) -> Any:
@@ -180,7 +205,7 @@ def _zero_outputs(op: Op, args: tuple[Any, ...]) -> Any:
 def _guard_source(spec: OpSpec) -> str:
     """Condition under which a direct call of the kernel is the same as a call through the dispatcher.
 
-    Cheapest first (quiet ns): exact types 7 each, the profiler flag 10, three queries of mode stacks 33 each, grad mode 30.
+    Cheapest first (quiet ns): exact types 7 each, the profiler flag 10, three mode queries 33 each, grad mode 30.
     Whether a tensor wants a gradient costs 41 each and is asked only in grad mode.
     """
     types, grads = [], []
@@ -224,6 +249,13 @@ def _entry({parameters}):
         _run = _runner(_type)
     return _run({arguments})
 
+def _compiled({parameters}):
+    _type = {device}
+    _run = _unchecked.get(_type)
+    if _run is None:
+        _run = _unchecked_runner(_type)
+    return _run({arguments})
+
 def {name}({parameters}):
 {direct}{handle}    return _overload({arguments})
 """
@@ -242,6 +274,7 @@ class Calls:
     def __init__(self, op: Op) -> None:
         self.op = op
         self.runners: dict[str, Callable[..., Any]] = {}
+        self.unchecked: dict[str, Callable[..., Any]] = {}
         spec = op.spec
         self._names: dict[str, Any] = {
             "_Parameter": torch.nn.Parameter,
@@ -258,6 +291,8 @@ class Calls:
             "_plain_list": _plain_list,
             "_profiler": profiler,
             "_runners": self.runners,
+            "_unchecked": self.unchecked,
+            "_unchecked_runner": self.unchecked_runner,
             "_runner": self.runner,
         }
         name = spec.name.split("::")[-1]
@@ -267,7 +302,8 @@ class Calls:
         parts["handle"] = f"    {layer.name} = _layer_handle({layer.name})\n" if layer else ""
         source = _SOURCE.format(name=name, device=_device_source(spec), **parts)
         exec(compile(source, f"<opreg {spec.name}>", "exec"), self._names)
-        self.traced, self.entry, self.public = (self._names[part] for part in ("_traced", "_entry", name))
+        self.traced, self.entry, self.compiled = (self._names[part] for part in ("_traced", "_entry", "_compiled"))
+        self.public = self._names[name]
 
     def runner(self, device_type: str) -> Callable[..., Any]:
         """The runner of a device, made at its first call."""
@@ -278,9 +314,14 @@ class Calls:
             self._names["_cpu"] = run
         return run
 
+    def unchecked_runner(self, device_type: str) -> Callable[..., Any]:
+        """The runner for compiled graphs, whose sizes were checked when they were traced."""
+        return self.unchecked.setdefault(device_type, make_runner(self.op, device_type, checked=False))
+
     def reset(self) -> None:
         """Forget the runners: the next call chooses anew."""
         self.runners.clear()
+        self.unchecked.clear()
         self._names["_cpu"] = None
 
 

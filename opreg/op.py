@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import re
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Generic, Protocol, cast, overload
 
 import torch
@@ -61,7 +62,7 @@ class Op(Generic[P, R]):
         layer = self.spec.layer_arg
         if layer is None:
             raise RegistrationError(f"{self.name}: has no layer to name")
-        schema = self.spec.schema.replace(f"Tensor {layer.name}", f"str {layer.name}", 1)
+        schema = re.sub(rf"Tensor(\(\w+!\))? {layer.name}\b", f"str {layer.name}", self.spec.schema, count=1)
         library.define(f"{self.name}.named", schema, self.spec.tags)
         # Composite: it becomes the default overload with a handle before any compiler sees it.
         library.implement(f"{self.name}.named", self.calls.traced, "CompositeImplicitAutograd")
@@ -320,7 +321,7 @@ def register_op(
     name: str | None = None,
     /,
     *,
-    mutates_args: str | Iterable[str] = (),
+    mutates_args: str | Iterable[str] | Mapping[str, str] = (),
     device_types: str | Iterable[str] | None = None,
     schema: str | None = None,
     tags: torch.Tag | Iterable[torch.Tag] = (),
@@ -332,7 +333,7 @@ def register_op(
     name: Any = None,
     /,
     *,
-    mutates_args: str | Iterable[str] = (),
+    mutates_args: str | Iterable[str] | Mapping[str, str] = (),
     device_types: str | Iterable[str] | None = None,
     schema: str | None = None,
     tags: torch.Tag | Iterable[torch.Tag] = (),
@@ -341,7 +342,11 @@ def register_op(
     """Turn a typed function into a torch operator.
 
     name: "namespace::name"; left out (bare `@register_op`), the top package and the function's name.
-    mutates_args: names of the tensor parameters that are written in place.
+    mutates_args: names of the tensor parameters that are written in place, or {name: how it starts}, which is "written"
+        (undefined; the kernel writes all of it), "tail" (the same, but the framework zeroes the rows from
+        num_actual_tokens on: of the layer's metadata, or a parameter of the op), "zeros" (the framework zeroes it before
+        the kernel) or "state" (kept from call to call). The LayerName parameter may be named too: the op writes its
+        layer's state. That is implied for kind="attention" and for layer ops that write anything.
     device_types: devices on which the body may run; None: all. The body is the reference: it runs where no kernel does.
     schema: a torch schema string, where the annotations cannot say it; usually inferred.
     tags: torch.Tag values. kind: "attention" marks an op at which graphs are split (see splitting_ops).
@@ -364,7 +369,7 @@ def register_op(
 def _register(
     name: str | None,
     fn: Callable[..., Any],
-    mutates_args: str | Iterable[str],
+    mutates_args: str | Iterable[str] | Mapping[str, str],
     device_types: str | Iterable[str] | None,
     schema: str | None,
     tags: tuple[torch.Tag, ...],

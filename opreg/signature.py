@@ -8,7 +8,7 @@ import enum
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Union
 
@@ -18,7 +18,7 @@ from . import library
 from .context import LayerNameMark
 from .errors import RegistrationError, SignatureError, nearest
 from .shapes import Shape, ShapeSyntaxError, parse
-from .spec import KINDS, REQUIRED, ArgSpec, Like, OpSpec, ReturnSpec
+from .spec import KINDS, REQUIRED, STARTS, ArgSpec, Like, OpSpec, ReturnSpec
 
 # A parameter with one of these names and a str or int type names a layer, and would bake it into the graph (HAZARDS 3).
 _LAYER_NAMES = {"layer", "layer_name", "layer_id", "layer_idx", "layer_index", "layer_number", "layer_num", "prefix"}
@@ -160,18 +160,18 @@ def read_op(
     name: str,
     fn: Callable[..., Any],
     *,
-    mutates_args: Iterable[str],
+    mutates_args: str | Iterable[str] | Mapping[str, str],
     kind: str | None,
     tags: tuple[torch.Tag, ...],
     schema: str | None,
 ) -> OpSpec:
     """Everything a typed function says about its op; SignatureError or RegistrationError where it cannot be an op."""
     front = _Front(name, fn)
-    mutated = (mutates_args,) if isinstance(mutates_args, str) else tuple(mutates_args)
+    starts = _starts(name, mutates_args)
     if kind is not None and kind not in KINDS:
         raise RegistrationError(f"{name}: kind={kind!r} is unknown; kinds are {', '.join(map(repr, KINDS))} or None")
     parameters = front.signature.parameters
-    for unknown in (m for m in mutated if m not in parameters):
+    for unknown in (m for m in starts if m not in parameters):
         raise RegistrationError(
             f"{name}: mutates_args names '{unknown}', which is no parameter; parameters are "
             f"{', '.join(parameters)}.{nearest(unknown, parameters)}"
@@ -179,11 +179,15 @@ def read_op(
     hints = front.hints()
     args, written = [], []
     for parameter in parameters.values():
-        arg, text = _read_parameter(front, parameter, hints, mutated)
+        arg, text = _read_parameter(front, parameter, hints, starts)
         args.append(arg)
         written.append(text)
     if sum(arg.layer for arg in args) > 1:
         raise RegistrationError(f"{name}: more than one LayerName parameter; an op belongs to one layer")
+    if kind == "attention" or any(arg.mutated for arg in args):
+        # A layer that is written to keeps a cache, as a rule; only an op that merely returns something may be pure.
+        args = [replace(arg, mutated=arg.mutated or arg.layer) for arg in args]
+    _check_starts(name, args)
     returns, returns_tuple = _read_returns(front, hints)
     _check_names(name, args, returns)
     _check_effect(name, args, returns)
@@ -201,8 +205,35 @@ def read_op(
     )
 
 
+def _starts(name: str, mutates_args: str | Iterable[str] | Mapping[str, str]) -> dict[str, str | None]:
+    """{argument: how it starts, or None where the author says nothing}."""
+    if isinstance(mutates_args, str):
+        return {mutates_args: None}
+    if not isinstance(mutates_args, Mapping):
+        return dict.fromkeys(mutates_args)
+    for arg, start in mutates_args.items():
+        if start not in STARTS:
+            raise RegistrationError(
+                f"{name}: mutates_args says that '{arg}' starts as {start!r}; it may be "
+                f"{', '.join(map(repr, STARTS))}.{nearest(str(start), STARTS)}"
+            )
+    return dict(mutates_args)
+
+
+def _check_starts(name: str, args: list[ArgSpec]) -> None:
+    counted = any(arg.layer or (arg.name == "num_actual_tokens" and arg.type.startswith("SymInt")) for arg in args)
+    for arg in args:
+        if arg.start == "tail" and not counted:
+            raise RegistrationError(
+                f"{name}: '{arg.name}' starts as 'tail', but nothing says where the tail begins; give the op a "
+                "LayerName (its metadata has num_actual_tokens) or a parameter num_actual_tokens: int"
+            )
+        if arg.layer and arg.start not in (None, "state"):
+            raise RegistrationError(f"{name}: the layer '{arg.name}' can only start as 'state', not {arg.start!r}")
+
+
 def _read_parameter(
-    front: _Front, parameter: inspect.Parameter, hints: dict[str, Any], mutated: tuple[str, ...]
+    front: _Front, parameter: inspect.Parameter, hints: dict[str, Any], starts: Mapping[str, str | None]
 ) -> tuple[ArgSpec, str]:
     if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
         raise front.refuse(parameter.name, "is *args or **kwargs", "a schema lists every argument by name and type")
@@ -214,7 +245,7 @@ def _read_parameter(
     _check_layer_name(front, parameter.name, hint.bare)
     if isinstance(hint.dtype, Like):
         raise front.refuse(parameter.name, "is an input with like(...)", "like() belongs to outputs")
-    if parameter.name in mutated and (hint.layer or not _is_tensor_type(hint.bare)):
+    if parameter.name in starts and not _is_tensor_type(hint.bare):
         raise front.refuse(parameter.name, f"is in mutates_args but is {hint.bare}", "only tensors can be mutated")
     default = REQUIRED if parameter.default is parameter.empty else parameter.default
     if isinstance(default, enum.Enum):
@@ -228,7 +259,8 @@ def _read_parameter(
         dtype=hint.dtype,
         default=default,
         keyword_only=parameter.kind is parameter.KEYWORD_ONLY,
-        mutated=parameter.name in mutated,
+        mutated=parameter.name in starts,
+        start=starts.get(parameter.name),
         layer=hint.layer,
         choices=hint.choices,
     )
@@ -336,9 +368,11 @@ def _check_names(name: str, args: list[ArgSpec], returns: tuple[ReturnSpec, ...]
 
 def _check_effect(name: str, args: list[ArgSpec], returns: tuple[ReturnSpec, ...]) -> None:
     if not returns and not any(arg.mutated for arg in args):
+        layer = next((arg.name for arg in args if arg.layer), None)
+        written = f"mutates_args=('{layer}',) if it writes its layer's state" if layer else "mutates_args=(...)"
         raise RegistrationError(
             f"{name}: returns nothing and mutates nothing, so every compiler removes it; name what it writes in "
-            "mutates_args=(...), or return a tensor that the caller uses"
+            f"{written}, or return a tensor that the caller uses"
         )
 
 

@@ -15,6 +15,11 @@ from .shapes import Shape
 KINDS = ("attention",)
 """What `kind=` may say. Graphs are split at "attention" ops."""
 
+STARTS = ("written", "tail", "zeros", "state")
+"""What `mutates_args={"out": ...}` may say of an argument before the kernel runs: "written": undefined, and the kernel
+writes all of it; "tail": the same up to row num_actual_tokens, from where on the framework writes zeros; "zeros": the
+framework has zeroed it; "state": what earlier calls left, and the kernel may leave any of it alone."""
+
 REFERENCE = "reference"
 """Name of the kernel that defines an op's meaning: its body, or the kernel registered for every device at -100."""
 
@@ -52,6 +57,7 @@ class ArgSpec:
     default: Any = REQUIRED
     keyword_only: bool = False
     mutated: bool = False
+    start: str | None = None
     layer: bool = False
     choices: tuple[Any, ...] | None = None
 
@@ -126,7 +132,14 @@ class OpSpec:
 
     @property
     def mutates(self) -> tuple[str, ...]:
-        return tuple(arg.name for arg in self.args if arg.mutated)
+        """Names of the tensors that callers hand in to be written; the layer's handle is none of them."""
+        return tuple(arg.name for arg in self.args if arg.mutated and not arg.layer)
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether the op writes its layer's state: to compilers it then writes the layer's handle, a graph input. So a
+        call whose outputs nobody reads stays, and two calls for one layer keep their order (HAZARDS 6)."""
+        return any(arg.layer and arg.mutated for arg in self.args)
 
     @property
     def layer_arg(self) -> ArgSpec | None:

@@ -56,7 +56,7 @@ def layer(x: Tensor, out: Tensor, layer_name: LayerName) -> None: ...
         (enumeration, (), '(Tensor x, str layout="NHD") -> Tensor'),
         (keyword, (), "(Tensor x, *, Tensor? sinks=None, float scale) -> Tensor"),
         (dtypes, (), "(Tensor x, ScalarType d, Device? v=None) -> Tensor"),
-        (layer, ("out",), "(Tensor x, Tensor(a1!) out, Tensor layer_name) -> ()"),
+        (layer, ("out",), "(Tensor x, Tensor(a1!) out, Tensor(a2!) layer_name) -> ()"),
     ],
 )
 def test_schema(fn, mutates, schema):

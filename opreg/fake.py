@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from . import lowering
 from .errors import ContractError, RegistrationError
 from .shapes import Binding, Mismatch
 from .spec import ArgSpec, Like, OpSpec, ReturnSpec
@@ -138,6 +139,7 @@ def make_fake(op: Op) -> Callable[..., Any]:
     register_fake may come after the op was defined."""
 
     def fake(args: tuple[Any, ...]) -> Any:
+        lowering.install_if_inductor(op)
         binding = bind(op.spec, args)
         source = fake_source(op)
         if source == "register_fake":

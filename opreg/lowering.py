@@ -1,0 +1,75 @@
+"""How Inductor's Python wrapper calls an op: the kernel's function itself instead of `torch.ops.ns.op.default(...)`.
+
+The dispatcher's argument conversions cost 2 us per call inside a compiled graph, ten times the call itself. Sizes,
+dtypes and devices were checked when the graph was traced and are guarded since, so the call needs neither dispatch nor
+contract check. Nothing else changes: the layout constraint of the op's tags holds, and under cpp_wrapper (which cannot
+call Python) the overload is called as before. Installed when a fake runs with Inductor loaded, so that importing opreg
+imports no Inductor.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import registry
+
+if TYPE_CHECKING:
+    from .op import Op
+
+_IMPORT = "from opreg.lowering import compiled_call as _opreg_compiled_call"
+_installed: set[torch._ops.OpOverload] = set()
+
+
+def compiled_call(name: str) -> Callable[..., Any]:
+    """What a compiled graph calls for the op `name`; generated modules bind it once, also when loaded from a cache."""
+    call: Callable[..., Any] = registry.get(name).calls.compiled
+    return call
+
+
+def install_if_inductor(op: Op[..., Any]) -> None:
+    """Give Inductor the direct call of `op`, once, if Inductor is loaded at all."""
+    if op.overload not in _installed and "torch._inductor.lowering" in sys.modules:
+        _installed.add(op.overload)
+        _install(op)
+
+
+def _install(op: Op[..., Any]) -> None:
+    from torch._inductor import ir, lowering
+    from torch._inductor.virtualized import V
+    from torch._library.utils import get_layout_constraint_tag
+
+    overload = op.overload
+    if overload in lowering.lowerings:
+        return  # someone registered a lowering of their own for it
+    # What Inductor does for an op without lowering: inputs realized, laid out as the tags (or torch's default) demand.
+    tag = get_layout_constraint_tag(overload, with_default=True)
+    lowering.make_fallback(overload, layout_constraint=lowering.tag_to_layout_constraint(tag), warn=False)
+    symbol = "_opreg_" + op.name.replace("::", "_")
+
+    class DirectKernel(ir.FallbackKernel):  # type: ignore[misc]
+        """A fallback kernel whose wrapper line names the op's Python function."""
+
+        def codegen(self, wrapper: Any) -> None:
+            if not V.graph.cpp_wrapper:
+                wrapper.add_import_once(_IMPORT)
+                wrapper.add_import_once(f"{symbol} = _opreg_compiled_call({op.name!r})")
+                self.python_kernel_name = symbol
+            super().codegen(wrapper)
+
+    fallback = lowering.fallback_handler(overload)
+
+    def lower(*args: Any, **kwargs: Any) -> Any:
+        first = len(V.graph.operations)
+        result = fallback(*args, **kwargs)
+        for operation in V.graph.operations[first:]:
+            if type(operation) is ir.FallbackKernel and operation.op_overload is overload:
+                operation.__class__ = DirectKernel
+        return result
+
+    # The mark by which Inductor knows that a lowering is a plain call.
+    lower._is_fallback_handler = True  # type: ignore[attr-defined]
+    lowering.register_lowering(overload, type_promotion_kind=None)(lower)

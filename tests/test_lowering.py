@@ -1,0 +1,135 @@
+"""Inductor's Python wrapper calls the kernel's function; nothing else about the graph changes."""
+
+import subprocess
+import sys
+from typing import Annotated
+
+import pytest
+import torch
+from torch import Tensor
+from torch._inductor.utils import run_and_get_code
+
+from opreg import LayerName, current_layer, forward_context, register_op, use_kernel
+
+D = Annotated[Tensor, "*n"]
+
+
+@register_op("t_lowering::add_one")
+def add_one(x: D) -> D:
+    return x + 1
+
+
+@register_op("t_lowering::both")
+def both(x: D, *, k: int = 1) -> tuple[D, D]:
+    return x + k, x - k
+
+
+@register_op("t_lowering::attend", mutates_args=("out",))
+def attend(x: D, out: D, layer_name: LayerName) -> None:
+    layer, _ = current_layer(layer_name)
+    out.copy_(x * layer)
+
+
+def model(x):
+    out = torch.empty_like(x)
+    attend(add_one(x), out, "layer")
+    a, b = both(out, k=3)
+    return a * b
+
+
+X = torch.randn(6)
+CONTEXT = {"layers": {"layer": 2.0}, "metadata": "step"}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_calls_the_function_not_the_dispatcher(dynamic):
+    with forward_context(**CONTEXT):
+        expected = model(X)
+        result, (code,) = run_and_get_code(torch.compile(model, fullgraph=True, dynamic=dynamic), X)
+    torch.testing.assert_close(result, expected)
+    for op in ("add_one", "both", "attend"):
+        assert f"_opreg_t_lowering_{op}(" in code
+        assert f"torch.ops.t_lowering.{op}.default(" not in code
+
+
+def test_cpp_wrapper_goes_through_the_overload():
+    with forward_context(**CONTEXT):
+        compiled = torch.compile(model, fullgraph=True, options={"cpp_wrapper": True})
+        torch.testing.assert_close(compiled(X), model(X))
+
+
+def test_a_forced_kernel_is_heeded_inside_a_compiled_graph():
+    @register_op("t_lowering::which")
+    def which(x: D) -> D:
+        return x * 0
+
+    which.register_kernel("cpu", lambda x: x * 0 + 1)
+    compiled = torch.compile(lambda x: which(x) + 1, fullgraph=True)
+    assert compiled(X).unique().tolist() == [2.0]
+    with use_kernel("t_lowering::which", "reference"):
+        assert compiled(X).unique().tolist() == [1.0]
+    assert compiled(X).unique().tolist() == [2.0]
+
+
+def test_layout_follows_the_tags():
+    seen = {}
+
+    def declare(name, tags):
+        @register_op(f"t_lowering::{name}", tags=tags)
+        def op(x: Annotated[Tensor, "a b"]) -> Annotated[Tensor, "a b"]:
+            seen[name] = x.stride()
+            return x.contiguous().clone()
+
+        return op
+
+    exact = declare("exact", (torch.Tag.needs_exact_strides,))
+    flexible = declare("flexible", (torch.Tag.flexible_layout,))
+    x = torch.randn(8, 4)
+    for op in (exact, flexible):
+        torch.testing.assert_close(
+            torch.compile(lambda x, op=op: op((x * 2).t()) + 1, fullgraph=True)(x), 2 * x.t() + 1
+        )
+    assert seen["exact"] == (1, 4)
+
+
+def test_gradients_flow_through_the_direct_call():
+    @register_op("t_lowering::cube")
+    def cube(x: D) -> D:
+        return x**3
+
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[0])
+
+    cube.register_autograd(lambda ctx, g: 3 * g * ctx.saved_tensors[0] ** 2, setup_context=setup_context)
+    x = torch.randn(5, requires_grad=True)
+    torch.compile(lambda x: cube(x * 2).sum(), fullgraph=True)(x).backward()
+    torch.testing.assert_close(x.grad, 24 * x.detach() ** 2)
+
+
+SECOND_PROCESS = """
+import torch
+from opreg import register_op
+from torch import Tensor
+
+@register_op("t_lowering_cache::triple")
+def triple(x: Tensor) -> Tensor:
+    return x * 3
+
+result = torch.compile(lambda x: triple(x + 1).sin(), fullgraph=True)(torch.zeros(3))
+assert torch.allclose(result, torch.full((3,), 3.0).sin())
+from torch._dynamo.utils import counters
+print("hits", counters["inductor"]["fxgraph_cache_hit"])
+"""
+
+
+def test_a_graph_from_the_disk_cache_finds_its_op(tmp_path):
+    import os
+
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    script = tmp_path / "program.py"
+    script.write_text(SECOND_PROCESS)
+    run = [
+        subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=True)
+        for _ in range(2)
+    ]
+    assert [p.stdout.strip() for p in run] == ["hits 0", "hits 1"]

@@ -13,13 +13,12 @@ from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._functorch import peek_interpreter_stack
 
 from ._compat import constant_under_dynamo, trace_instead
-from .jax_bridge_arrays import COPY_LIMIT, PLAIN, JaxArgumentError, check_tensor, from_foreign, runtime
-from .jax_bridge_executors import execute, own
+from .jax_bridge_arrays import JaxArgumentError, check_tensor, from_foreign, runtime
+from .jax_bridge_executors import execute, plain_views, run_plain
 from .jax_bridge_op import OP, apply
 from .jax_bridge_programs import (
     JaxCacheInfo,
     JaxTraceLimitError,
-    Program,
     argument_names,
     by_name,
     find_function,
@@ -42,7 +41,7 @@ __all__ = [
 ]
 
 _TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
-_PLAIN_NUMPY = frozenset(str(dtype).removeprefix("torch.") for dtype in PLAIN)
+_functions = state.functions
 _grad_enabled = torch.is_grad_enabled
 
 
@@ -65,43 +64,19 @@ def call_jax(fn: Callable[..., Any], args: Sequence[Any] = (), kwargs: Mapping[s
         opreg.call_jax(jax.nn.softmax, (torch.randn(4, 8),), {"axis": -1})
     """
     if not kwargs and type(args) is tuple:
-        record = state.functions.get(id(fn))
+        record = _functions.get(id(fn))
         if record is not None and record.fn_ref() is fn:
             program = record.flat.get(len(args))
-            if program is not None and program.jitted is not None and _plain(args):
-                return _run_plain(program, args)
+            if program is not None and program.jitted is not None and _eager():
+                arrays = plain_views(args, _TENSORS)
+                if arrays is not None:
+                    out = run_plain(program, arrays)
+                    return out if type(out) is torch.Tensor else out[1].unflatten(out[0])
     return _call(fn, args, kwargs)
 
 
-def _plain(args: tuple[Any, ...]) -> bool:
-    """Whether these are ordinary CPU tensors of common types, in eager mode, with nothing to differentiate."""
-    for arg in args:
-        if type(arg) not in _TENSORS or not arg.is_cpu or arg.dtype not in PLAIN or arg.requires_grad or arg.is_neg():
-            return False
-    return _eager()
-
-
 def _eager() -> bool:
-    return not _len_torch_dispatch_stack() and not _len_torch_function_stack() and peek_interpreter_stack() is None
-
-
-def _run_plain(program: Program, args: tuple[torch.Tensor, ...]) -> Any:
-    run = runtime()
-    if not run.cpu_default:
-        leaves, tree = execute(program, args)
-        return tree.unflatten(leaves)
-    program.calls += 1
-    program.stamp = next(state.clock)
-    arrays = [arg.numpy() for arg in args]
-    out = program.jitted(*arrays)
-    if type(out) is run.array_type:
-        host = run.numpy.asarray(out)
-        if host.dtype.name in _PLAIN_NUMPY and host.nbytes <= COPY_LIMIT:
-            return torch.from_numpy(host.copy())
-    leaves, tree = run.flatten(out)
-    if not leaves:
-        run.jax.effects_barrier()
-    return tree.unflatten(own(program, leaves, arrays))
+    return not (_len_torch_dispatch_stack() or _len_torch_function_stack()) and peek_interpreter_stack() is None
 
 
 def _call(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Any:

@@ -168,13 +168,12 @@ class Program:
         self.seen: list[tuple[str, ...]] = []
         self.jitted: Any = None
         self.latest_tree: Any = None
-        self.calls = self.entries = self.stamp = 0
+        self.calls = self.entries = self.stamp = self.calls_at_stamp = 0
         with state.lock:
             state.programs[name] = self
 
     def compiled(self) -> Any:
         """The jax.jit of this program, made anew after an eviction."""
-        self.stamp = next(state.clock)
         jitted = self.jitted
         if jitted is None:
 
@@ -182,6 +181,7 @@ class Program:
                 note_trace(self, arrays)
                 return self.body(*arrays)
 
+            self.stamp = next(state.clock)
             program.__name__ = program.__qualname__ = self.function.label
             jitted = self.jitted = runtime().jax.jit(program)
         return jitted
@@ -256,7 +256,7 @@ def _leaf_key(leaf: Any, function: Function, treedef: Any, index: int) -> tuple[
         names = argument_names(treedef)
         kind = f"{type(leaf).__module__}.{type(leaf).__qualname__}"
         raise JaxArgumentError(
-            f"call_jax({function.label}): {names[index]} is a {kind}, which is neither an array nor a value that can be "
+            f"call_jax({function.label}): {names[index]} is a {kind}, neither an array nor a value that can be "
             "part of the cache key (None, bool, int, float, complex, str, bytes, enum, dtype, type, function, slice, "
             "frozen dataclass). Use it inside a function of your own instead of passing it, or register its class as a "
             "JAX pytree"
@@ -398,6 +398,10 @@ def _evict(current: Program) -> None:
             current.drop()
             current.entries, state.entries = 1, state.entries + 1
             return
+        # A call only counts itself; when it matters, whoever was called since the last look is the younger one.
+        for program in others:
+            if program.calls != program.calls_at_stamp:
+                program.stamp, program.calls_at_stamp = next(state.clock), program.calls
         oldest = min(others, key=lambda p: p.stamp)
         state.evictions += oldest.entries
         oldest.drop()

@@ -217,7 +217,7 @@ def _text(packages: list[Package], plugins: list[Plugin], problems: list[str]) -
 
 
 def _package_row(package: Package) -> tuple[str, str, str]:
-    what = f"{package.switches}: {' '.join(package.kernels)}" if package.kernels else package.switches
+    what = ": ".join(filter(None, (package.switches, " ".join(package.kernels))))
     if package.version is None:
-        return package.name, "not installed", f"off: {what}" if what else "optional"
+        return package.name, "not installed", f"off: {what}"
     return f"{package.name} {package.version}", "installed", what

@@ -1,18 +1,38 @@
 """Every kernel of gdn_attention against the token-by-token recurrence in float64."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from opreg.kernels.cpu import gdn_torch
+from opreg.kernels.cpu import gdn, gdn_torch
 from opreg.kernels.reference import gdn as reference
 from opreg.ops.gdn_attention_inputs import Heads, clone_call, make_call
 
 Call = dict[str, Any]
 Kernel = Callable[..., None]
 
-KERNELS: dict[str, Kernel] = {"reference": reference.gdn_attention, "torch": gdn_torch.gdn_attention_torch}
+
+def compiled(name: str) -> Kernel:
+    """The C++ kernels for one instruction set, whether or not it is the best here."""
+
+    def run(**call: Any) -> None:
+        defaults = {"num_spec_decodes": 0, "num_actual_tokens": None, "tp_size": 1, "reorder_input": False}
+        names = list(inspect.signature(gdn.gdn_attention).parameters)
+        gdn._run(name, *(call.get(n, defaults.get(n)) for n in names))
+
+    return run
+
+
+# Whatever this machine can run: the best set must not hide that another one is wrong.
+CAN_RUN = [name for name, _ in gdn.INSTRUCTION_SETS]
+CAN_RUN = CAN_RUN[: CAN_RUN.index(gdn.instruction_set()) + 1]
+KERNELS: dict[str, Kernel] = {
+    "reference": reference.gdn_attention,
+    "torch": gdn_torch.gdn_attention_torch,
+    **{name: compiled(name) for name in CAN_RUN},
+}
 # Relative RMS error allowed. Outputs and 16-bit states are one rounding away from the truth, and a convolution sum that
 # falls on the other side of a rounding border moves a whole sequence a little; float32 has nothing to hide behind.
 OUT = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}

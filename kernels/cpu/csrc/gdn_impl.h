@@ -1,0 +1,324 @@
+// Gated DeltaNet on one instruction set. A unit of work is one key head, with its value heads, of one sequence: convolution,
+// gates, normalisation and recurrence for it touch nothing that another unit writes, so results depend neither on the
+// number of threads nor on the other sequences of the batch. Included once per instruction set, inside its namespace.
+#include "gdn_vec.h"
+
+using gdn::Call;
+using gdn::Sequence;
+using gdn::Work;
+using gdn::Write;
+
+constexpr int64_t CHUNK = 64;
+constexpr float EPS = 1e-6f;
+
+static inline int64_t up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
+
+template <class T> struct TypeOf;
+template <> struct TypeOf<float> { static constexpr int64_t id = gdn::F32; };
+template <> struct TypeOf<BF16> { static constexpr int64_t id = gdn::BF16_; };
+template <> struct TypeOf<FP16> { static constexpr int64_t id = gdn::F16; };
+
+// One thread's memory, kept between calls: fresh pages cost more than a decode step.
+struct Arena {
+    char* base = nullptr;
+    size_t size = 0, used = 0;
+    ~Arena() { std::free(base); }
+    void reset(size_t need) {
+        used = 0;
+        if (need <= size) return;
+        std::free(base);
+        size = need;
+        base = static_cast<char*>(std::aligned_alloc(64, up(int64_t(need), 64)));
+    }
+    template <class T> T* take(int64_t n) {
+        T* p = reinterpret_cast<T*>(base + used);
+        used += size_t(up(n * int64_t(sizeof(T)), 64));
+        return p;
+    }
+};
+
+static inline float any(const char* p, int64_t type, int64_t i) {
+    if (type == gdn::F32) return reinterpret_cast<const float*>(p)[i];
+    if (type == gdn::BF16_) return one(reinterpret_cast<const BF16*>(p)[i]);
+    return one(reinterpret_cast<const FP16*>(p)[i]);
+}
+
+static inline vf any_vector(const char* p, int64_t type, int64_t i, int64_t n) {
+    if (type == gdn::F32) return load_some(reinterpret_cast<const float*>(p) + i, n);
+    if (type == gdn::BF16_) return load_some(reinterpret_cast<const BF16*>(p) + i, n);
+    return load_some(reinterpret_cast<const FP16*>(p) + i, n);
+}
+
+// A run of channels that lie together both in the projections' rows and in the convolution.
+struct Segment {
+    int64_t in, channel, count;  // offset in a row of qkvz, first channel, channels
+    float *out, *taps;           // out [tokens, out_row]; taps [width + 1, up(count, VL)], the bias last
+    int64_t out_row;
+    int64_t history;             // offset in a row of the unit's copy of the convolution state
+};
+
+// Buffers of one unit. Everything with rows has CHUNK of them.
+struct Unit {
+    const Work* work;
+    const Call* c;
+    const Sequence* s;
+    int64_t group, ratio, kp, vp, segments;
+    Segment* segment;
+    char* history;        // [width - 1, channels of the unit] in the model's dtype
+    int64_t history_row;
+    float *q, *k, *v;     // [CHUNK, kp], [CHUNK, kp], [ratio, CHUNK, vp]
+    float *alpha, *beta;  // [ratio, CHUNK]
+    float* kq;            // [CHUNK], k . q
+    float* out;           // [CHUNK, vp]
+
+    int64_t row(int64_t t) const { return work->rows ? work->rows[s->first + t] : s->first + t; }
+};
+
+static int64_t unit_bytes(const Call& c) {
+    const int64_t ratio = c.hv / c.hk, kp = up(c.k, VL), vp = up(c.v, VL), channels = 2 * kp + ratio * vp;
+    const int64_t floats = CHUNK * (2 * kp + ratio * vp + 2 * ratio + 1 + vp) + (c.width + 1) * channels;
+    return 4 * floats + int64_t(sizeof(Segment)) * (2 + ratio) + 4 * c.width * channels + 64 * (16 + ratio);
+}
+
+#if VL == 16
+// Four taps of sixteen channels, [16][4] in memory, become four vectors.
+template <class T> static inline void four_taps(const T* p, vf* w) {
+    if constexpr (sizeof(T) == 2) {
+        const __m512i a = _mm512_loadu_si512(p), b = _mm512_loadu_si512(p + 32);
+        const __m512i first = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 60, 56, 52, 48, 44, 40, 36, 32, 28,
+                                               24, 20, 16, 12, 8, 4, 0);
+        for (int i = 0; i < 4; i++) {
+            const __m512i at = _mm512_add_epi16(first, _mm512_set1_epi16(short(i)));
+            T kept[16];
+            _mm256_storeu_si256((__m256i*)kept, _mm512_castsi512_si256(_mm512_permutex2var_epi16(a, at, b)));
+            w[i] = load(kept);
+        }
+    } else {
+        const __m512 a = _mm512_loadu_ps(p), b = _mm512_loadu_ps(p + 16), c = _mm512_loadu_ps(p + 32), d = _mm512_loadu_ps(p + 48);
+        const __m512i first = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 28, 24, 20, 16, 12, 8, 4, 0);
+        for (int i = 0; i < 4; i++) {
+            const __m512i at = _mm512_add_epi32(first, _mm512_set1_epi32(i));
+            const __m256 hi = _mm512_castps512_ps256(_mm512_permutex2var_ps(c, at, d));
+            const __m512d lo = _mm512_castps_pd(_mm512_permutex2var_ps(a, at, b));
+            w[i] = vf(_mm512_castpd_ps(_mm512_insertf64x4(lo, _mm256_castps_pd(hi), 1)));
+        }
+    }
+}
+#endif
+
+static void load_taps(const Call& c, const Segment& g) {
+    const int64_t padded = up(g.count, VL), width = c.width;
+    for (int64_t ch = 0; ch < padded; ch += VL) {
+        const int64_t n = g.count - ch < VL ? g.count - ch : VL, at = g.channel + ch;
+        bool done = false;
+#if VL == 16
+        if (width == 4 && n == VL) {
+            vf w[4];
+            const char* p = c.weights + size_t(at) * 4 * gdn::size_of(c.weights_type);
+            if (c.weights_type == gdn::F32) four_taps(reinterpret_cast<const float*>(p), w);
+            else if (c.weights_type == gdn::BF16_) four_taps(reinterpret_cast<const BF16*>(p), w);
+            else four_taps(reinterpret_cast<const FP16*>(p), w);
+            for (int i = 0; i < 4; i++) store(g.taps + i * padded + ch, w[i]);
+            done = true;
+        }
+#endif
+        if (!done)
+            for (int64_t i = 0; i < width; i++) {
+                for (int64_t j = 0; j < VL; j++)
+                    g.taps[i * padded + ch + j] = j < n ? any(c.weights, c.weights_type, (at + j) * width + i) : 0.0f;
+            }
+        store(g.taps + width * padded + ch, c.bias ? any_vector(c.bias, c.bias_type, at, n) : vf{});
+    }
+}
+
+// Input of the convolution at token t of the sequence (t < 0: the state), at this segment.
+template <class IO> static inline const IO* input(const Unit& u, const Segment& g, int64_t t) {
+    if (t >= 0) return reinterpret_cast<const IO*>(u.c->qkvz) + u.row(t) * u.c->qkvz_row + g.in;
+    return reinterpret_cast<const IO*>(u.history) + (u.c->width - 1 + t) * u.history_row + g.history;
+}
+
+constexpr int64_t CONV_ROWS = 16;  // tokens per sweep over the channels: few enough streams for the prefetcher
+
+template <class IO, int W> static void convolve_rows(const Unit& u, const Segment& g, int64_t t0, int64_t first, int64_t n) {
+    const int64_t padded = up(g.count, VL), width = W ? W : u.c->width;
+    const IO* x[CONV_ROWS + 64];
+    for (int64_t i = 0; i < n + width - 1; i++) x[i] = input<IO>(u, g, t0 + first + i - (width - 1));
+    for (int64_t ch = 0; ch < padded; ch += VL) {
+        const int64_t left = g.count - ch;
+        const vf bias = load(g.taps + width * padded + ch);
+        float* out = g.out + first * g.out_row + ch;
+        if constexpr (W > 0) {
+            vf w[W], window[W];
+            for (int i = 0; i < W; i++) w[i] = load(g.taps + i * padded + ch);
+            for (int i = 0; i + 1 < W; i++) window[i + 1] = load_some(x[i] + ch, left);
+            for (int64_t t = 0; t < n; t++, out += g.out_row) {
+                for (int i = 0; i + 1 < W; i++) window[i] = window[i + 1];
+                window[W - 1] = load_some(x[t + W - 1] + ch, left);
+                vf y = bias;
+                for (int i = 0; i < W; i++) y = window[i] * w[i] + y;
+                store(out, rounded(y * sigmoid(y), x[0]));
+            }
+        } else {
+            for (int64_t t = 0; t < n; t++, out += g.out_row) {
+                vf y = bias;
+                for (int64_t i = 0; i < width; i++) y = load_some(x[t + i] + ch, left) * load(g.taps + i * padded + ch) + y;
+                store(out, rounded(y * sigmoid(y), x[0]));
+            }
+        }
+    }
+}
+
+template <class IO> static void convolve(const Unit& u, const Segment& g, int64_t t0, int64_t n) {
+    for (int64_t first = 0; first < n; first += CONV_ROWS) {
+        const int64_t some = n - first < CONV_ROWS ? n - first : CONV_ROWS;
+        switch (u.c->width) {
+            case 2: convolve_rows<IO, 2>(u, g, t0, first, some); break;
+            case 3: convolve_rows<IO, 3>(u, g, t0, first, some); break;
+            case 4: convolve_rows<IO, 4>(u, g, t0, first, some); break;
+            case 5: convolve_rows<IO, 5>(u, g, t0, first, some); break;
+            default: convolve_rows<IO, 0>(u, g, t0, first, some);
+        }
+    }
+}
+
+static void normalise(float* x, int64_t n, int64_t kp, float scale) {
+    for (int64_t t = 0; t < n; t++, x += kp) {
+        vf s = {};
+        for (int64_t i = 0; i < kp; i += VL) s = load(x + i) * load(x + i) + s;
+        const float f = scale / std::sqrt(sum(s) + EPS);
+        for (int64_t i = 0; i < kp; i += VL) store(x + i, load(x + i) * f);
+    }
+}
+
+// q and k normalised, v, gates, and z copied, for tokens t0 .. t0 + n - 1 of the sequence.
+template <class IO> static void prepare(const Unit& u, int64_t t0, int64_t n) {
+    const Call& c = *u.c;
+    for (int64_t i = 0; i < u.segments; i++) convolve<IO>(u, u.segment[i], t0, n);
+    normalise(u.q, n, u.kp, 1.0f / std::sqrt(float(c.k)));
+    normalise(u.k, n, u.kp, 1.0f);
+    const int64_t head = u.group * u.ratio;
+    const int64_t z_in = c.flat ? 2 * c.hk * c.k + c.hv * c.v + head * c.v
+                                : u.group * (2 * c.k + 2 * u.ratio * c.v) + 2 * c.k + u.ratio * c.v;
+    const int64_t b_in = c.flat ? head : 2 * head, a_in = c.flat ? c.hv + head : 2 * head + u.ratio;
+    for (int64_t t = 0; t < n; t++) {
+        const int64_t row = u.row(t0 + t);
+        const IO* from = reinterpret_cast<const IO*>(c.qkvz) + row * c.qkvz_row + z_in;
+        std::memcpy(reinterpret_cast<IO*>(c.z) + row * c.z_row + head * c.v, from, size_t(u.ratio * c.v) * sizeof(IO));
+        const IO* ba = reinterpret_cast<const IO*>(c.ba) + row * c.ba_row;
+        for (int64_t h = 0; h < u.ratio; h++) {
+            u.beta[h * CHUNK + t] = one(ba[b_in + h]);
+            u.alpha[h * CHUNK + t] = one(ba[a_in + h]);
+        }
+    }
+    for (int64_t h = 0; h < u.ratio; h++) {
+        const float rate = -std::exp(any(c.a_log, c.a_log_type, head + h)), shift = any(c.dt_bias, c.dt_bias_type, head + h);
+        for (int64_t t = 0; t < n; t += VL) {
+            float *b = u.beta + h * CHUNK + t, *a = u.alpha + h * CHUNK + t;
+            if (n - t < VL)
+                for (int64_t i = n - t; i < VL; i++) a[i] = b[i] = 0.0f;
+            const vf x = load(a) + shift;
+            // softplus, with the threshold of torch.nn.functional.softplus; a NaN takes the second branch and stays one
+            store(a, vexp(rate * select(x <= 20.0f, log1p_positive(vexp(x)), x)));
+            store(b, sigmoid(load(b)));
+        }
+    }
+}
+
+// The last width - 1 inputs up to and including token t go to a slot.
+template <class IO> static void keep_inputs(const Unit& u, int64_t t, int64_t slot) {
+    const Call& c = *u.c;
+    const int64_t dim = 2 * c.hk * c.k + c.hv * c.v;
+    IO* to = reinterpret_cast<IO*>(c.conv_state) + slot * c.conv_slot;
+    for (int64_t r = 0; r + 1 < c.width; r++)
+        for (int64_t i = 0; i < u.segments; i++) {
+            const Segment& g = u.segment[i];
+            std::memcpy(to + r * dim + g.channel, input<IO>(u, g, t - (c.width - 2) + r), size_t(g.count) * sizeof(IO));
+        }
+}
+
+#include "gdn_step.h"
+#include "gdn_chunk.h"
+
+template <class IO> static void begin(Unit& u, Arena& arena) {
+    const Call& c = *u.c;
+    u.ratio = c.hv / c.hk;
+    u.kp = up(c.k, VL);
+    u.vp = up(c.v, VL);
+    u.segments = 2 + u.ratio;
+    u.q = arena.take<float>(CHUNK * u.kp);
+    u.k = arena.take<float>(CHUNK * u.kp);
+    u.v = arena.take<float>(u.ratio * CHUNK * u.vp);
+    u.alpha = arena.take<float>(u.ratio * CHUNK);
+    u.beta = arena.take<float>(u.ratio * CHUNK);
+    u.kq = arena.take<float>(CHUNK);
+    u.out = arena.take<float>(CHUNK * u.vp);
+    u.segment = arena.take<Segment>(u.segments);
+    const int64_t start = c.flat ? 0 : u.group * (2 * c.k + 2 * u.ratio * c.v), keys = c.hk * c.k;
+    u.history_row = 0;
+    for (int64_t i = 0; i < u.segments; i++) {
+        Segment& g = u.segment[i];
+        const int64_t head = u.group * u.ratio + i - 2;
+        g.count = i < 2 ? c.k : c.v;
+        g.channel = i < 2 ? i * keys + u.group * c.k : 2 * keys + head * c.v;
+        g.in = c.flat ? g.channel : i < 2 ? start + i * c.k : start + 2 * c.k + (i - 2) * c.v;
+        g.out = i == 0 ? u.q : i == 1 ? u.k : u.v + (i - 2) * CHUNK * u.vp;
+        g.out_row = i < 2 ? u.kp : u.vp;
+        g.history = u.history_row;
+        u.history_row += g.count;
+        g.taps = arena.take<float>((c.width + 1) * up(g.count, VL));
+        load_taps(c, g);
+    }
+    // A copy: states may be written before the last token that looks back at the old ones.
+    u.history = arena.take<char>((c.width - 1) * u.history_row * int64_t(sizeof(IO)));
+    const int64_t dim = 2 * keys + c.hv * c.v;
+    for (int64_t r = 0; r + 1 < c.width; r++)
+        for (int64_t i = 0; i < u.segments; i++) {
+            const Segment& g = u.segment[i];
+            IO* to = reinterpret_cast<IO*>(u.history) + r * u.history_row + g.history;
+            const IO* from = reinterpret_cast<const IO*>(c.conv_state) + u.s->source * c.conv_slot + r * dim + g.channel;
+            if (u.s->source < 0) std::memset(to, 0, size_t(g.count) * sizeof(IO));
+            else std::memcpy(to, from, size_t(g.count) * sizeof(IO));
+        }
+}
+
+template <class IO> static void run_unit(const Work& work, int64_t unit, Arena& arena) {
+    const Call& c = *work.call;
+    Unit u;
+    u.work = &work;
+    u.c = &c;
+    u.s = work.sequences + work.order[unit / c.hk];
+    u.group = unit % c.hk;
+    const bool chunked = u.s->count >= c.chunk_from;
+    arena.reset(size_t(unit_bytes(c) + (chunked ? chunk_bytes(c) : step_bytes(c))));
+    begin<IO>(u, arena);
+#if HAVE_BF16_DOT
+    constexpr bool dot_bf16 = std::is_same<IO, BF16>::value;
+    using Dot = std::conditional_t<dot_bf16, DotBF16, DotF32>;
+#else
+    using Dot = DotF32;
+#endif
+    if (chunked) run_chunks<IO, Dot>(u, arena);
+    else run_steps<IO>(u, arena);
+}
+
+static void run(const Work& work) {
+    const Call& c = *work.call;
+#pragma omp parallel num_threads(int(c.threads)) if (c.threads > 1 && work.units > 1)
+    {
+        static thread_local Arena arena;
+#if defined(__x86_64__) || defined(_M_X64)
+        // A decayed state ends in subnormal numbers, a hundred times slower and below 1e-38: taken as zero.
+        const unsigned mode = _mm_getcsr();
+        _mm_setcsr(mode | 0x8040);
+#endif
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t unit = 0; unit < work.units; unit++) {
+            if (c.io == gdn::F32) run_unit<float>(work, unit, arena);
+            else if (c.io == gdn::BF16_) run_unit<BF16>(work, unit, arena);
+            else run_unit<FP16>(work, unit, arena);
+        }
+#if defined(__x86_64__) || defined(_M_X64)
+        _mm_setcsr(mode);
+#endif
+    }
+}

@@ -1,0 +1,17 @@
+// The kernels for any CPU.
+#include "gdn.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <type_traits>
+
+namespace {
+#include "gdn_impl.h"
+}  // namespace
+
+extern "C" void gdn_run(const gdn::Work* work) { run(*work); }

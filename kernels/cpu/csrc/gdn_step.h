@@ -1,0 +1,143 @@
+// The recurrence token by token, on blocks of VL rows of the state, which stay in the first-level cache for all tokens.
+
+// Rows of the state as float, from or to the cache's dtype.
+static inline void load_row(const Call& c, int64_t slot, int64_t head, int64_t v, float* to, int64_t kp) {
+    const int64_t at = slot * c.ssm_slot + (head * c.v + v) * c.k;
+    for (int64_t i = 0; i < kp; i += VL) store(to + i, any_vector(c.ssm_state, c.state, at + i, c.k - i));
+}
+static inline void store_row(const Call& c, int64_t slot, int64_t head, int64_t v, const float* from) {
+    const int64_t at = slot * c.ssm_slot + (head * c.v + v) * c.k;
+    for (int64_t i = 0; i < c.k; i += VL) {
+        if (c.state == gdn::F32) store_some(reinterpret_cast<float*>(c.ssm_state) + at + i, load(from + i), c.k - i);
+        else if (c.state == gdn::BF16_) store_some(reinterpret_cast<BF16*>(c.ssm_state) + at + i, load(from + i), c.k - i);
+        else store_some(reinterpret_cast<FP16*>(c.ssm_state) + at + i, load(from + i), c.k - i);
+    }
+}
+
+static int64_t step_bytes(const Call& c) {
+    return 4 * (c.hv / c.hk) * up(c.v, VL) * up(c.k, VL) + 4 * VL * up(c.k, VL) + 256;
+}
+
+constexpr int ROWS = VL == 16 ? 4 : 2;  // rows that share each load of k and q
+
+// r = S k and p = S q for VL rows; `ahead` floats further on is what will be needed next.
+static inline void dots(float* const* rows, const float* k, const float* q, int64_t kp, int64_t ahead, vf* r, vf* p) {
+    vf rs[VL], ps[VL];
+    for (int m = 0; m < VL; m += ROWS) {
+        vf a[ROWS] = {}, b[ROWS] = {};
+        for (int64_t i = 0; i < kp; i += VL) {
+            const vf kv = load(k + i), qv = load(q + i);
+            for (int j = 0; j < ROWS; j++) {
+                __builtin_prefetch(rows[m + j] + i + ahead, 1);
+                const vf s = load(rows[m + j] + i);
+                a[j] = s * kv + a[j];
+                b[j] = s * qv + b[j];
+            }
+        }
+        for (int j = 0; j < ROWS; j++) {
+            rs[m + j] = a[j];
+            ps[m + j] = b[j];
+        }
+    }
+    *r = row_sums(rs);
+    *p = row_sums(ps);
+}
+
+// S <- alpha S + d k^T for VL rows; the same sweep takes the next token's r and p when there is one.
+template <bool NEXT> static inline void update(float* const* rows, float alpha, vf d, const float* k, const float* next_k,
+                                               const float* next_q, int64_t kp, vf* r, vf* p) {
+    vf rs[VL], ps[VL];
+    float ds[VL];
+    store(ds, d);
+    for (int m = 0; m < VL; m += ROWS) {
+        vf a[ROWS] = {}, b[ROWS] = {};
+        for (int64_t i = 0; i < kp; i += VL) {
+            const vf kv = load(k + i);
+            vf nk, nq;
+            if (NEXT) {
+                nk = load(next_k + i);
+                nq = load(next_q + i);
+            }
+            for (int j = 0; j < ROWS; j++) {
+                const vf s = load(rows[m + j] + i) * alpha + ds[m + j] * kv;
+                store(rows[m + j] + i, s);
+                if (NEXT) {
+                    a[j] = s * nk + a[j];
+                    b[j] = s * nq + b[j];
+                }
+            }
+        }
+        if (NEXT)
+            for (int j = 0; j < ROWS; j++) {
+                rs[m + j] = a[j];
+                ps[m + j] = b[j];
+            }
+    }
+    if (NEXT) {
+        *r = row_sums(rs);
+        *p = row_sums(ps);
+    }
+}
+
+template <class IO> static void put_out(const Unit& u, int64_t head, int64_t t0, int64_t n, const float* out) {
+    const Call& c = *u.c;
+    for (int64_t t = 0; t < n; t++) {
+        IO* to = reinterpret_cast<IO*>(c.core) + u.row(t0 + t) * c.core_row + head * c.v;
+        for (int64_t i = 0; i < c.v; i += VL) store_some(to + i, load(out + t * u.vp + i), c.v - i);
+    }
+}
+
+template <class IO> static void run_steps(const Unit& u, Arena& arena) {
+    const Call& c = *u.c;
+    const Sequence& s = *u.s;
+    float* states = arena.take<float>(u.ratio * u.vp * u.kp);
+    float* spare = arena.take<float>(VL * u.kp);
+    // One token that continues its own float32 slot works in the cache itself: each number is read and written once.
+    const bool in_place = s.count == 1 && c.state == gdn::F32 && c.k % VL == 0 && s.source >= 0 && s.source == s.final &&
+                          s.writes == s.writes_end;
+    for (int64_t t0 = 0; t0 < s.count; t0 += CHUNK) {
+        const int64_t n = s.count - t0 < CHUNK ? s.count - t0 : CHUNK;
+        prepare<IO>(u, t0, n);
+        for (int64_t t = 0; t < n; t++) {
+            vf d = {};
+            for (int64_t i = 0; i < u.kp; i += VL) d = load(u.k + t * u.kp + i) * load(u.q + t * u.kp + i) + d;
+            u.kq[t] = sum(d);
+        }
+        for (int64_t h = 0; h < u.ratio; h++) {
+            const int64_t head = u.group * u.ratio + h;
+            for (int64_t v0 = 0; v0 < c.v; v0 += VL) {
+                float* rows[VL];
+                for (int64_t j = 0; j < VL; j++) {
+                    if (in_place && v0 + j < c.v) {
+                        rows[j] = reinterpret_cast<float*>(c.ssm_state) + s.source * c.ssm_slot + (head * c.v + v0 + j) * c.k;
+                        continue;
+                    }
+                    rows[j] = v0 + j < c.v ? states + (h * u.vp + v0 + j) * u.kp : spare + j * u.kp;
+                    if (t0 > 0 && v0 + j < c.v) continue;
+                    if (v0 + j < c.v && s.source >= 0) load_row(c, s.source, head, v0 + j, rows[j], u.kp);
+                    else std::memset(rows[j], 0, size_t(u.kp) * 4);
+                }
+                vf r, p;
+                dots(rows, u.k, u.q, u.kp, in_place ? VL * c.k : 0, &r, &p);
+                int64_t write = s.writes;
+                while (write < s.writes_end && u.work->writes[write].token < t0) write++;
+                for (int64_t t = 0; t < n; t++) {
+                    const float alpha = u.alpha[h * CHUNK + t];
+                    const vf d = u.beta[h * CHUNK + t] * (load(u.v + (h * CHUNK + t) * u.vp + v0) - alpha * r);
+                    store(u.out + t * u.vp + v0, alpha * p + u.kq[t] * d);
+                    const float* k = u.k + t * u.kp;
+                    if (t + 1 < n) update<true>(rows, alpha, d, k, k + u.kp, u.q + (t + 1) * u.kp, u.kp, &r, &p);
+                    else update<false>(rows, alpha, d, k, k, k, u.kp, &r, &p);
+                    for (; write < s.writes_end && u.work->writes[write].token == t0 + t; write++)
+                        for (int64_t j = 0; j < VL && v0 + j < c.v; j++)
+                            store_row(c, u.work->writes[write].slot, head, v0 + j, rows[j]);
+                }
+                if (!in_place && s.final >= 0 && t0 + n == s.count)
+                    for (int64_t j = 0; j < VL && v0 + j < c.v; j++) store_row(c, s.final, head, v0 + j, rows[j]);
+            }
+            put_out<IO>(u, head, t0, n, u.out);
+        }
+    }
+    for (int64_t w = s.writes; w < s.writes_end; w++) keep_inputs<IO>(u, u.work->writes[w].token, u.work->writes[w].slot);
+    if (s.final >= 0) keep_inputs<IO>(u, s.count - 1, s.final);
+}

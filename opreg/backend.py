@@ -60,7 +60,7 @@ def opreg_backend(gm: GraphModule, example_inputs: Sequence[Any], options: Mappi
     inner = chosen.get("inner", "inductor")
     compiler = _inner_compiler(inner)
     mode = _ensure_values(gm, example_inputs)
-    split = split_graph(gm, on=chosen.get("split_on"))
+    split = split_graph(gm, on=chosen.get("split_on"), lift=True)
     report = split.report()
     report.inner = inner if isinstance(inner, str) else getattr(inner, "__name__", repr(inner))
     _REPORTS.append(report)

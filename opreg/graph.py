@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
+from torch._subclasses import FakeTensor
 from torch.fx import GraphModule
 
 from opreg.graph_build import Stitcher, build_piece, shape_text
 from opreg.graph_key import Keys, digest
-from opreg.graph_ops import name_of, targets_of
+from opreg.graph_lift import lift_constants
+from opreg.graph_ops import name_of, targets_of, value_of
 from opreg.graph_plan import Piece, Plan, make_plan
 from opreg.graph_report import PieceReport, Report, distance, why
 
@@ -28,12 +31,15 @@ class SplitGraph:
     worth compiling, by the index of the first piece of each kind. `use(index, fn)` puts a compiled callable in place of
     one."""
 
-    def __init__(self, gm: GraphModule, targets: dict[Any, str]) -> None:
+    def __init__(
+        self, gm: GraphModule, targets: dict[Any, str], lift: Callable[[torch.Tensor], Any] | None = None
+    ) -> None:
         self.root = gm
         self.targets = targets
         self.plan: Plan = make_plan(gm.graph, targets)
         self.keys = Keys(self.plan, gm)
         self.keys.run()
+        self.lifted: list[str] = [] if lift is None else lift_constants(self.plan, lift)
         self.same: list[int] = []
         first: dict[Any, int] = {}
         for piece in self.pieces:
@@ -48,6 +54,10 @@ class SplitGraph:
     def pieces(self) -> list[Piece]:
         """All pieces, in the order they run."""
         return self.plan.pieces
+
+    def build_all(self) -> dict[int, GraphModule]:
+        """A module for every piece that is not splitting, for tools that want them apart."""
+        return {p.index: build_piece(self.keys, p, self.root) for p in self.pieces if not p.split}
 
     def use(self, index: int, run: Callable[..., Any]) -> None:
         """Run `run(*inputs) -> tuple of outputs` instead of the module of distinct piece `index`."""
@@ -97,6 +107,7 @@ class SplitGraph:
             split_at=tuple(asked),
             unmatched=tuple(n for n in asked if n not in matched),
             notes=tuple(self.plan.notes),
+            lifted=tuple(self.lifted),
         )
 
 
@@ -105,11 +116,24 @@ def op_text(node: Any, targets: dict[Any, str]) -> str:
     return targets[node.target] if node.op == "call_function" and node.target in targets else name_of(node.target)
 
 
-def split_graph(gm: GraphModule, on: Iterable[Any] | None = None) -> SplitGraph:
+def split_graph(gm: GraphModule, on: Iterable[Any] | None = None, *, lift: bool = False) -> SplitGraph:
     """Cut `gm` before and after each of the ops `on`, without changing what it computes.
 
     on: names ("ns::op" or "ns::op.overload"), OpOverloads, packets or what register_op returned; None means
         splitting_ops(). Neighbouring splitting ops share a piece, also across views, allocations and getitem.
+    lift: make names and ids of registered ops inputs of a piece where pieces differ in nothing else; those pieces are
+        then the same, and call a stand-in of the op.
     Returns a SplitGraph: call it like `gm`; `.report()` tells what was cut; `gm` itself is not changed.
     Raises UnknownOpError for a name that no operator has, with the nearest one."""
-    return SplitGraph(gm, targets_of(splitting_ops() if on is None else on))
+    return SplitGraph(gm, targets_of(splitting_ops() if on is None else on), fake_handle(gm) if lift else None)
+
+
+def fake_handle(gm: GraphModule) -> Callable[[torch.Tensor], Any]:
+    """Makes the value of a lifted constant's input: fake where the graph's values are fake."""
+    for node in gm.graph.nodes:
+        value = value_of(node)
+        if isinstance(value, FakeTensor):
+            return value.fake_mode.from_tensor
+        if node.op != "placeholder":
+            break
+    return lambda tensor: tensor

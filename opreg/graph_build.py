@@ -11,6 +11,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from opreg.graph_key import Keys
+from opreg.graph_lift import Lifted
 from opreg.graph_ops import value_of
 from opreg.graph_plan import Piece, Plan, Step
 
@@ -21,13 +22,14 @@ def build_piece(keys: Keys, piece: Piece, root: Any) -> GraphModule:
     made: dict[Any, Any] = {}
     owned: dict[str, Any] = {}
     for node in piece.inputs:
-        made[node] = new = graph.placeholder(_identifier(node.name))
+        name = f"lifted_{len(made)}" if isinstance(node, Lifted) else _identifier(node.name)
+        made[node] = new = graph.placeholder(name)
         new.meta = dict(node.meta)
         if node.op == "get_attr":
             new.meta["example_value"] = keys.attribute(node.target)
 
     def arg(value: Any) -> Any:
-        if isinstance(value, Node | Step):
+        if isinstance(value, Node | Step | Lifted):
             found = made.get(value)
             return found if found is not None else arg(keys.cross(value))
         if isinstance(value, tuple | list):
@@ -42,7 +44,12 @@ def build_piece(keys: Keys, piece: Piece, root: Any) -> GraphModule:
         return value
 
     for step in piece.steps:
-        new = graph.create_node(step.op, step.target, arg(step.args), arg(step.kwargs), step.name)
+        target, args, kwargs = step.target, step.args, step.kwargs
+        if step in piece.lifts:
+            target, given = piece.lifts[step]
+            args = tuple(given.get(i, a) for i, a in enumerate(args))
+            kwargs = {k: given.get(k, a) for k, a in kwargs.items()}
+        new = graph.create_node(step.op, target, arg(args), arg(kwargs), step.name)
         new.meta = dict(step.meta)
         if step.op in ("call_module", "get_attr"):
             owned[str(step.target)] = keys.attribute(step.target)
@@ -105,7 +112,9 @@ class Stitcher:
         return self._bound[key]
 
     def arg(self, value: Any, used: list[str], local: dict[Any, Any]) -> str:
-        if isinstance(value, Node | Step):
+        if isinstance(value, Node | Step | Lifted):
+            if isinstance(value, Lifted):
+                return self.bind(value.tensor, "n")
             if value not in local:
                 other = self.keys.cross(value)
                 if other is not value:

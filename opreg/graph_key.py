@@ -157,11 +157,16 @@ class Keys:
                 custom = facts[target] = op == "call_function" and OpFacts(op, target).custom
             args, kwargs = step.args, step.kwargs
             if custom:
-                for a in args:
-                    self._hole(a, tokens, holes, walk)
-                for k, a in kwargs.items():
-                    add(k)
-                    self._hole(a, tokens, holes, walk)
+                for at, a in [*enumerate(args), *kwargs.items()]:
+                    if type(at) is str:
+                        add(at)
+                    # Constants of registered ops are kept apart: where only they differ, they can become inputs.
+                    if type(a) in (str, int, float, bool):
+                        add(HOLE)
+                        holes.append(constant(a))
+                        piece.spots.append((step, at))
+                    else:
+                        walk(a)
             else:
                 for a in args:
                     walk(a)
@@ -189,15 +194,6 @@ class Keys:
             bound |= found[0]
             free |= found[1]
         return sorted({self.plan.symbols[s] for s in free - bound if s in self.plan.symbols}, key=lambda n: n.name)
-
-    @staticmethod
-    def _hole(arg: Any, tokens: list[Any], holes: list[Any], walk: Any) -> None:
-        """Constants of registered ops are kept apart: where only they differ, they can become inputs."""
-        if type(arg) in (str, int, float, bool):
-            tokens.append(HOLE)
-            holes.append(constant(arg) if type(arg) in (float, bool) else arg)
-        else:
-            walk(arg)
 
     def attribute(self, path: str) -> Any:
         """The object a get_attr or call_module node names."""

@@ -96,7 +96,7 @@ class OpFacts:
 def schema_of(target: Any) -> torch._C.FunctionSchema | None:
     """The schema of an OpOverload, or of a packet's only (or default) overload."""
     if isinstance(target, OpOverloadPacket):
-        names: list[str] = target.overloads()  # type: ignore[no-untyped-call]
+        names: list[str] = target.overloads()
         target = getattr(target, "default" if "default" in names else names[0]) if names else None
     return target._schema if isinstance(target, OpOverload) else None
 

@@ -31,7 +31,7 @@ class Step:
 class Piece:
     """Nodes that run together. `steps` is what runs: views made again, regions entered, the nodes, regions left."""
 
-    __slots__ = ("exports", "index", "inputs", "key", "nodes", "split", "steps", "writes")
+    __slots__ = ("exports", "index", "inputs", "key", "lifts", "nodes", "split", "spots", "steps")
 
     def __init__(self, index: int, split: bool) -> None:
         self.index = index
@@ -40,7 +40,10 @@ class Piece:
         self.steps: list[Any] = []
         self.inputs: list[Any] = []
         self.exports: list[Any] = []
-        self.writes = False
+        # Constants of registered ops, as (node, position or keyword).
+        # Which became inputs: {node: (target, {at: input})}.
+        self.spots: list[tuple[Any, Any]] = []
+        self.lifts: dict[Any, tuple[Any, dict[Any, Any]]] = {}
         self.key: Any = None
 
 

@@ -94,6 +94,7 @@ class Report:
                 tail = f"{tail}  {self.seconds[p.index]:.2f} s".strip()
             line = f"{p.index:4d} {what} {len(p.ops):3d} ops  {' '.join(ops)}"
             lines.append(f"{line}  ({tail})" if tail else line)
+        lines += [f"made an input: {n}" for n in self.lifted]
         lines += [f"note: {n}" for n in self.notes]
         lines += [f"note: nothing to split at '{n}' in this graph" for n in self.unmatched]
         return "\n".join(lines)
@@ -137,7 +138,7 @@ def _calls(tokens: Any) -> int:
 
 def _shown(token: Any) -> str:
     if isinstance(token, tuple) and len(token) == 2 and isinstance(token[0], type):
-        return str(token[1])
+        return repr(token[1]) if token[0] is str else str(token[1])
     return repr(token) if token is not HOLE else "?"
 
 

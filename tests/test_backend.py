@@ -15,6 +15,17 @@ from opreg.errors import UnknownOpError
 LIB = torch.library.Library("opreg_backend", "DEF")
 LIB.define("attn(Tensor q, Tensor k, Tensor v, Tensor(a!) out, str name) -> ()")
 LIB.define("core(Tensor q, Tensor k, Tensor v) -> Tensor")
+LIB.define("expert(Tensor x, str name='', *, int scale=1, bool flag=False) -> Tensor")
+LIB.define("touch(Tensor(a!) x, int number) -> ()")
+LIB.define("cut(Tensor x, int width) -> Tensor")
+LIB.impl("expert", lambda x, name="", *, scale=1, flag=False: x * 0.1 + len(name) + scale, "CompositeExplicitAutograd")
+LIB.impl("touch", lambda x, number: (x.add_(0.1 * number), None)[1], "CompositeExplicitAutograd")
+LIB.impl("cut", lambda x, width: x[:, :width].clone(), "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "opreg_backend::expert", lambda x, name="", *, scale=1, flag=False: x.new_empty(x.shape), lib=LIB
+)
+torch.library.register_fake("opreg_backend::touch", lambda x, number: None, lib=LIB)
+torch.library.register_fake("opreg_backend::cut", lambda x, width: x.new_empty(x.shape[0], width), lib=LIB)
 LIB.impl("attn", lambda q, k, v, out, name: (out.copy_(q * k + v), None)[1], "CompositeExplicitAutograd")
 LIB.impl("core", lambda q, k, v: q * k + v, "CompositeExplicitAutograd")
 torch.library.register_fake("opreg_backend::attn", lambda q, k, v, out, name: None, lib=LIB)
@@ -93,6 +104,50 @@ def test_32_layers_are_three_compilations() -> None:
     assert len(report.distinct) == 3
     assert report.splits == ("opreg_backend::attn",) * 32
     assert report is reports()[-1]
+
+
+class Expert(nn.Module):
+    """A layer whose name sits in an op inside the pieces, and whose number does too."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+        self.lin = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.ops.opreg_backend.expert(self.lin(x), f"layers.{self.number}", scale=self.number, flag=True)
+        torch.ops.opreg_backend.touch(y, self.number)
+        y = torch.sin(y)
+        return x + torch.ops.opreg_backend.core(y, y, y)
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+@torch.no_grad()
+def test_names_inside_pieces_become_inputs(inner: str) -> None:
+    model, x = nn.Sequential(*(Expert(i) for i in range(8))), torch.randn(5, 8)
+    fn = compiled(model, inner)
+    torch.testing.assert_close(fn(x), model(x))
+    torch.testing.assert_close(fn(x + 1), model(x + 1))
+    report = last_report()
+    assert len(report.distinct) == 3
+    assert any("name, scale of opreg_backend::expert in 7 pieces" in line for line in report.lifted), report.lifted
+    assert any("number of opreg_backend::touch" in line for line in report.lifted)
+
+
+def test_names_that_cannot_become_inputs_are_reported() -> None:
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        for width in (2, 3):
+            x = torch.ops.opreg_backend.cut(x * 2, width).sum(-1, keepdim=True) + x
+            x = torch.ops.opreg_backend.core(x, x, x)
+        return x
+
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(compiled(fn, "eager")(x), fn(x))
+    (note,) = last_report().notes
+    assert note.startswith("argument width of opreg_backend::cut decides the shape of its result; pieces 0, 2")
+    model = nn.Sequential(*(Expert(i) for i in range(4)))
+    torch.testing.assert_close(compiled(model, "eager")(x), model(x))
+    assert "is not lifted while gradients are wanted" in last_report().notes[0]
 
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])

@@ -1,4 +1,4 @@
-"""JAX functions as torch operators: call_jax for one-off use."""
+"""JAX functions as torch operators. call_jax is here; register_jax_op and from_jax are in jax_bridge_ops."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ._compat import constant_under_dynamo, trace_instead
 from .jax_bridge_arrays import JaxArgumentError, check_tensor, from_foreign, runtime
 from .jax_bridge_executors import execute, plain_views, run_plain
 from .jax_bridge_op import OP, apply
+from .jax_bridge_ops import from_jax, register_jax_op
 from .jax_bridge_programs import (
     JaxCacheInfo,
     JaxTraceLimitError,
@@ -35,9 +36,11 @@ __all__ = [
     "JaxCacheInfo",
     "JaxTraceLimitError",
     "call_jax",
+    "from_jax",
     "jax_cache_clear",
     "jax_cache_info",
     "jax_cache_limits",
+    "register_jax_op",
 ]
 
 _TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))

@@ -43,15 +43,16 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Sequence[torch.Tensor]) ->
 
 
 def _backward(ctx: Any, grads: Sequence[torch.Tensor | None]) -> tuple[list[torch.Tensor | None], None]:
-    return _gradients(ctx, ctx.needs_input_grad[0], grads, lambda tensors, name: OP(tensors, name)), None
+    return gradients(ctx, ctx.needs_input_grad[0], grads, lambda tensors, name: OP(tensors, name)), None
 
 
-def _gradients(
+def gradients(
     ctx: Any,
     needed: Sequence[bool],
     grads: Sequence[torch.Tensor | None],
     call: Callable[[list[torch.Tensor], str], Sequence[torch.Tensor]],
 ) -> list[torch.Tensor | None]:
+    """Gradients of the saved tensors of a call of ctx.program, None for those that need none."""
     tensors = ctx.saved_tensors
     wanted = tuple(
         i for i, tensor in enumerate(tensors) if needed[i] and (tensor.is_floating_point() or tensor.is_complex())
@@ -82,7 +83,7 @@ class Transformed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        return None, *_gradients(ctx, ctx.needs_input_grad[1:], grads, lambda ts, name: apply(name, ts))
+        return None, *gradients(ctx, ctx.needs_input_grad[1:], grads, lambda ts, name: apply(name, ts))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], name: str, *tensors: torch.Tensor) -> tuple[Any, Any]:

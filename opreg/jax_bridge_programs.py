@@ -228,6 +228,8 @@ def find_program(function: Function, treedef: Any, leaves: list[Any]) -> tuple[P
     key: list[Any] = [treedef]
     operands = []
     for index, leaf in enumerate(leaves):
+        if isinstance(leaf, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            leaf = leaves[index] = leaf.node.pytype(leaf)  # static values are numbers; torch guards on it
         if isinstance(leaf, torch.Tensor):
             key.append(OPERAND)
             operands.append(leaf)

@@ -61,8 +61,8 @@ def get(name: str) -> Op:
 
 
 def packages() -> list[EntryPoint]:
-    """Installed entry points of the group, by name."""
-    return sorted(entry_points(group=GROUP), key=lambda point: point.name)
+    """Installed entry points of the group: opreg's own first, so that nobody takes its names, then by name."""
+    return sorted(entry_points(group=GROUP), key=lambda point: (point.name != "opreg", point.name))
 
 
 def load_packages() -> dict[str, BaseException | None]:

@@ -30,16 +30,17 @@ def test_the_probe_sees_what_is_imported() -> None:
     assert "torch" in modules_after("import opreg; opreg.register_op")
 
 
-def test_using_torch_ops_loads_no_vendor_and_no_compiler() -> None:
-    code = "import opreg.ops; from opreg import forward_context, use_kernel; print('')"
-    assert not {"jax", "triton", "torch_xla", "intel_extension_for_pytorch"} & modules_after(code)
-    probe = "import sys, opreg.ops; print([m for m in ('torch._dynamo', 'torch._inductor') if m in sys.modules])"
-    before = "import sys, torch; print([m for m in ('torch._dynamo', 'torch._inductor') if m in sys.modules])"
-    texts = [
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300).stdout
-        for code in (probe, before)
-    ]
-    assert texts[0] == texts[1]
+def test_declaring_the_shipped_ops_loads_no_vendor_and_no_compiler() -> None:
+    # What torch loads by itself (with some packages beside it) is none of our doing.
+    probe = (
+        "import sys, torch; before = set(sys.modules); import opreg.ops; new = set(sys.modules) - before; "
+        "print(*sorted(m for m in new if m.startswith(('torch._dynamo', 'torch._inductor')) or m.partition('.')[0] in "
+        "('jax', 'triton', 'torch_xla', 'intel_extension_for_pytorch', 'numpy')), len(new))"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True, timeout=300)
+    *found, new = done.stdout.split()
+    assert found == []
+    assert int(new) > 10
 
 
 def imports(source: str, inside_functions: bool = True) -> set[str]:

@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from .graph import split_graph as split_graph
     from .graph import splitting_ops as splitting_ops
     from .jax_bridge import call_jax as call_jax
+    from .jax_bridge import from_jax as from_jax
+    from .jax_bridge import jax_cache_clear as jax_cache_clear
+    from .jax_bridge import jax_cache_info as jax_cache_info
+    from .jax_bridge import jax_cache_limits as jax_cache_limits
+    from .jax_bridge import register_jax_op as register_jax_op
     from .op import register_op as register_op
     from .select import use_kernel as use_kernel
     from .spec import like as like
@@ -44,6 +49,11 @@ _HOME = {
     "split_graph": "graph",
     "splitting_ops": "graph",
     "call_jax": "jax_bridge",
+    "from_jax": "jax_bridge",
+    "jax_cache_clear": "jax_bridge",
+    "jax_cache_info": "jax_bridge",
+    "jax_cache_limits": "jax_bridge",
+    "register_jax_op": "jax_bridge",
     "register_op": "op",
     "use_kernel": "select",
     "like": "spec",

@@ -163,7 +163,7 @@ def explain(op: Op, device_type: str, args: tuple[Any, ...] | None = None) -> Ex
     for kernel in op.kernels:
         state, why = "ready", ""
         if not kernel.takes(device_type):
-            state = "other device"
+            state, why = "other device", f"for {kernel.devices}"
         elif (absent := kernel.missing()) is not None:
             state, why = "missing", absent
         elif args is not None and (predicate := load_predicate(op, kernel)) is not None:

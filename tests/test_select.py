@@ -74,7 +74,7 @@ def test_refusals_are_reasons():
         "t_select::reasons on cpu: reference",
         "  test_select/absent: missing (needs no_such_module.sub)",
         "  test_select/small: refused (n is 9; at most 8)",
-        "  test_select/other: other device",
+        "  test_select/other: other device (for cuda)",
         "  reference: used",
     ]
 

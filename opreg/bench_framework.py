@@ -1,0 +1,255 @@
+"""What opreg itself costs, beside torch's own ways in the same run: `opreg bench --framework`.
+
+Sections as in the tables of the README: eager calls of three signatures, calls inside a compiled graph, registration,
+forward context. Every figure is a ratio beside its baseline; absolute times move with the machine.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .bench import Timing, interleave, per_call
+from .context import current_layer, forward_context
+from .op import register_op
+
+_OUT = torch.zeros(4)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line: what was timed, how long it took, and how often the baseline's time that is."""
+
+    section: str
+    what: str
+    seconds: float
+    baseline: str
+    ratio: float
+
+
+def _one(x: Tensor) -> Tensor:
+    return _OUT
+
+
+def _five(out: Tensor, z: Tensor, q: Tensor, k: Tensor, v: Tensor, mode: str) -> None:
+    del mode
+
+
+def _eighteen(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor,
+    e: Tensor,
+    f: Tensor | None,
+    g: Tensor | None,
+    h: Tensor | None,
+    i: int,
+    j: int,
+    k: float,
+    m: float,
+    n: bool,
+    p: bool,
+    q: str,
+    r: int | None,
+    s: float | None,
+    t: int,
+) -> Tensor:
+    return _OUT
+
+
+_CASES: tuple[tuple[str, Callable[..., Any], tuple[str, ...], str], ...] = (
+    ("1 tensor -> tensor", _one, (), "f(x)"),
+    ("5 tensors + str, 2 mutated", _five, ("out", "z"), "f(x, x1, x2, x3, x4, 'prefill')"),
+    (
+        "5 tensors, 3 optional, 10 scalars",
+        _eighteen,
+        (),
+        "f(x, x1, x2, x3, x4, x1, None, None, 1, 2, 1.0, 2.0, True, False, 'nhd', None, None, 3)",
+    ),
+)
+_serial = itertools.count()
+
+
+def _torch_ways(name: str, fn: Callable[..., Any], mutates: tuple[str, ...], schema: str) -> dict[str, Any]:
+    """The same function as define+impl and as custom_op."""
+    from . import library
+
+    qualname = f"opreg_bench_lib::{name}"
+    overload = library.define(qualname, schema)
+    library.implement(qualname, fn, "CPU")
+    library.fake(qualname, lambda *args: None if mutates else torch.empty(4))
+    custom = torch.library.custom_op(f"opreg_bench_custom::{name}", fn, mutates_args=mutates)
+    custom.register_fake(lambda *args: None if mutates else torch.empty(4))
+    return {"define+impl": overload, "custom_op": custom}
+
+
+def _ways(index: int) -> tuple[dict[str, Any], str]:
+    _, fn, mutates, expression = _CASES[index]
+    name = f"{fn.__name__.strip('_')}_{next(_serial)}"
+    op = register_op(f"opreg_bench::{name}", mutates_args=mutates)(fn)
+    op.register_fake(_fake_like(fn, mutates))
+    ways = {"opreg": op, "opreg overload": op.overload, **_torch_ways(name, fn, mutates, op.spec.schema)}
+    return ways, expression
+
+
+def _fake_like(fn: Callable[..., Any], mutates: tuple[str, ...]) -> Callable[..., Any]:
+    """A fake with the op's own parameters, as register_fake wants it."""
+    import inspect
+
+    def fake(*args: Any) -> Any:
+        return None if mutates else torch.empty(4)
+
+    fake.__signature__ = inspect.signature(fn)  # type: ignore[attr-defined]
+    parameters = inspect.signature(fn).parameters.values()
+    return fake if all(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters) else fn
+
+
+def _rows(section: str, timings: dict[str, Timing], baseline: str) -> Iterator[Row]:
+    base = timings[baseline].median
+    for what, timing in timings.items():
+        yield Row(section, what, timing.median, baseline, timing.median / base)
+
+
+def eager_calls(rounds: int = 60) -> Iterator[Row]:
+    """Calls in plain eager, grad mode on and no input that wants a gradient; then the same under no_grad."""
+    x = [torch.randn(4) for _ in range(5)]
+    names = {"x": x[0], "x1": x[1], "x2": x[2], "x3": x[3], "x4": x[4]}
+    for index, (label, fn, _, _) in enumerate(_CASES):
+        ways, expression = _ways(index)
+        calls = {way: (expression, {**names, "f": function}) for way, function in ways.items()}
+        calls["plain Python"] = (expression, {**names, "f": fn})
+        yield from _rows(f"eager: {label}", per_call(calls, rounds=rounds), "define+impl")
+        del calls["custom_op"], calls["opreg overload"]
+        with torch.no_grad():
+            yield from _rows(f"eager, no_grad: {label}", per_call(calls, rounds=rounds), "define+impl")
+
+
+def compiled_calls(rounds: int = 60, many: int = 40) -> Iterator[Row]:
+    """Cost of one call inside an Inductor graph: (a graph with `many` calls - one with 1) / (many - 1)."""
+    x = [torch.randn(4) for _ in range(5)]
+    for index, (label, _, mutates, _) in enumerate(_CASES):
+        ways, expression = _ways(index)
+        del ways["opreg overload"]
+        graphs: dict[str, tuple[str, dict[str, Any]]] = {}
+        for way, function in ways.items():
+            for calls in (1, many):
+                compiled = torch.compile(_repeated(function, expression, calls, bool(mutates)), fullgraph=True)
+                with torch.no_grad():
+                    compiled(*x)
+                arguments = {f"y{i}": t for i, t in enumerate(x)}
+                graphs[f"{way} {calls}"] = ("g(y0, y1, y2, y3, y4)", {"g": compiled, **arguments})
+        with torch.no_grad():
+            raw = per_call(graphs, number=50, rounds=rounds)
+        slopes = {}
+        for way in ways:
+            one, all_calls = raw[f"{way} 1"], raw[f"{way} {many}"]
+            slope = (all_calls.median - one.median) / (many - 1)
+            slopes[way] = Timing(slope, slope, slope)
+        yield from _rows(f"in a compiled graph: {label}", slopes, "define+impl")
+
+
+def _repeated(function: Any, expression: str, calls: int, mutating: bool) -> Callable[..., Any]:
+    """A program that calls the op `calls` times so that none can be left out."""
+
+    def mutate(x: Tensor, x1: Tensor, x2: Tensor, x3: Tensor, x4: Tensor) -> Tensor:
+        for _ in range(calls):
+            function(x, x1, x2, x3, x4, "prefill")
+        return x + 1
+
+    source = "def pure(x, x1, x2, x3, x4):\n    total = []\n"
+    source += (
+        f"    for _ in range({calls}):\n        x = {expression}\n        total.append(x)\n    return total[-1] + 1\n"
+    )
+    namespace: dict[str, Any] = {"f": function}
+    exec(compile(source, "<opreg bench>", "exec"), namespace)
+    return mutate if mutating else namespace["pure"]
+
+
+def registration(count: int = 60) -> Iterator[Row]:
+    """Registering one op with its fake."""
+    from . import library
+
+    def opreg() -> None:
+        for _ in range(count):
+            register_op(f"opreg_bench::reg_{next(_serial)}")(_registered)
+
+    def vllm_style() -> None:
+        for _ in range(count):
+            qualname = f"opreg_bench_lib::reg_{next(_serial)}"
+            schema = torch.library.infer_schema(_registered, mutates_args=())
+            library.define(qualname, schema)
+            library.implement(qualname, _registered, "CPU")
+            library.fake(qualname, _registered)
+
+    def custom_op() -> None:
+        for _ in range(count):
+            op = torch.library.custom_op(f"opreg_bench_custom::reg_{next(_serial)}", _registered, mutates_args=())
+            op.register_fake(_registered)
+
+    ways = {"opreg": opreg, "define+impl": vllm_style, "custom_op": custom_op}
+    timings = interleave(ways, seconds=0.5, rounds=5, clock=time.thread_time)
+    each = {w: Timing(t.median / count, t.low / count, t.high / count) for w, t in timings.items()}
+    yield from _rows("registration: one op with its fake", each, "define+impl")
+
+
+def _registered(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    return torch.empty_like(x)
+
+
+class _Global:
+    """What the field does: a module global that a context manager sets."""
+
+    layers: dict[str, Any] | None = None
+
+
+_bare: ContextVar[dict[str, Any] | None] = ContextVar("opreg_bench", default=None)
+
+
+def _from_global(name: str) -> Any:
+    layers = _Global.layers
+    if layers is None:
+        raise LookupError(name)
+    return layers[name]
+
+
+def _from_contextvar(name: str) -> Any:
+    return _bare.get()[name]  # type: ignore[index]
+
+
+def forward_contexts() -> Iterator[Row]:
+    """Looking a layer up, and entering and leaving a context."""
+    layers = {f"layers.{i}": i for i in range(64)}
+    _Global.layers = layers
+    token = _bare.set(layers)
+    context = forward_context(layers=layers, metadata="step")
+    try:
+        with forward_context(layers=layers, metadata="step"):
+            timings = per_call(
+                {
+                    "current_layer": ("f('layers.7')", {"f": current_layer}),
+                    "bare ContextVar": ("f('layers.7')", {"f": _from_contextvar}),
+                    "module global": ("f('layers.7')", {"f": _from_global}),
+                }
+            )
+        yield from _rows("forward context: look-up", timings, "module global")
+        enter = per_call({"enter and leave": ("c.__enter__(); c.__exit__()", {"c": context})}, number=500)
+        yield from _rows("forward context: enter and leave", enter, "enter and leave")
+    finally:
+        _bare.reset(token)
+        _Global.layers = None
+
+
+SECTIONS: dict[str, Callable[[], Iterator[Row]]] = {
+    "eager": eager_calls,
+    "compiled": compiled_calls,
+    "registration": registration,
+    "context": forward_contexts,
+}

@@ -26,7 +26,7 @@ class _Options(NamedTuple):
     sinks: Tensor | None
 
 
-def ragged_paged_attention(
+def rpa_torch(
     q: Tensor,
     kv_pages: Tensor,
     kv_lens: Tensor,
@@ -67,7 +67,7 @@ def ragged_paged_attention(
     return out
 
 
-def ragged_paged_attention_lse(
+def rpa_torch_lse(
     q: Tensor,
     kv_pages: Tensor,
     kv_lens: Tensor,

@@ -92,11 +92,52 @@ def check_attention(
     kv_layout: str,
     sinks: Tensor | None,
 ) -> tuple[CacheShape, list[Sequence]]:
-    """Check shapes, dtypes, options and values; give the cache's sizes and the sequences that have query rows.
+    """check_call, then the values; give the cache's sizes and the sequences that have query rows.
 
     Only the entries of `page_indices` that will be read are looked at: entries past a sequence's length, and of pages
     wholly before its sliding window, may hold anything. Copies the index tensors to the host, which waits for a device.
     """
+    cache = check_call(
+        op,
+        q,
+        kv_pages,
+        kv_lens,
+        page_indices,
+        cu_q_lens,
+        num_seqs,
+        sm_scale=sm_scale,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+        mask_value=mask_value,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        kv_layout=kv_layout,
+        sinks=sinks,
+    )
+    sequences = _read_sequences(op, q.shape[0], cache, kv_lens, page_indices, cu_q_lens, num_seqs, sliding_window)
+    _check_pages(op, cache, page_indices, sequences)
+    return cache, sequences
+
+
+def check_call(
+    op: str,
+    q: Tensor,
+    kv_pages: Tensor,
+    kv_lens: Tensor,
+    page_indices: Tensor,
+    cu_q_lens: Tensor,
+    num_seqs: Tensor,
+    *,
+    sm_scale: float,
+    sliding_window: int | None,
+    soft_cap: float | None,
+    mask_value: float | None,
+    k_scale: float | None,
+    v_scale: float | None,
+    kv_layout: str,
+    sinks: Tensor | None,
+) -> CacheShape:
+    """Check shapes, dtypes, devices and options, whatever the tensors hold; give the cache's sizes."""
     cache = cache_shape(op, kv_pages, kv_layout)
     _check_query(op, q, cache)
     check_scales(op, k_scale, v_scale)
@@ -117,9 +158,7 @@ def check_attention(
     ):
         if tensor is not None and tensor.device != q.device:
             raise fail(op, f"{name} is on {tensor.device} but q is on {q.device}; move it with .to(q.device)")
-    sequences = _read_sequences(op, q.shape[0], cache, kv_lens, page_indices, cu_q_lens, num_seqs, sliding_window)
-    _check_pages(op, cache, page_indices, sequences)
-    return cache, sequences
+    return cache
 
 
 def check_update(

@@ -17,14 +17,14 @@ def relative_rms(got: torch.Tensor, want: torch.Tensor) -> float:
 def compare(batch: Batch, limit: float, **options) -> None:
     tokens = int(batch.cu_q_lens[batch.num_seqs[0]])
     want, want_lse = reference.attend("test", *batch, **options, compute_dtype=torch.float64)
-    got, lse = rpa_torch.ragged_paged_attention_lse(*batch, **options)
+    got, lse = rpa_torch.rpa_torch_lse(*batch, **options)
     assert got.dtype == batch.q.dtype
     assert lse.dtype == torch.float32
     assert relative_rms(got, want) <= limit
     assert (got[tokens:] == 0).all()
     assert (lse[tokens:] == -torch.inf).all()
     torch.testing.assert_close(lse[:tokens].double(), want_lse[:tokens], atol=1e-5, rtol=1e-5)
-    assert torch.equal(rpa_torch.ragged_paged_attention(*batch, **options), got)
+    assert torch.equal(rpa_torch.rpa_torch(*batch, **options), got)
 
 
 @pytest.mark.parametrize("kv_layout", ["NHD", "HND"])
@@ -60,7 +60,7 @@ def test_long_prompts_are_cut_into_blocks_of_rows(monkeypatch):
 
 def test_no_sequence_and_no_row():
     for batch in (make_batch([]), make_batch([(0, 4), (0, 0)])):
-        out, lse = rpa_torch.ragged_paged_attention_lse(*batch)
+        out, lse = rpa_torch.rpa_torch_lse(*batch)
         assert out.shape == batch.q.shape
         assert (out == 0).all()
         assert (lse == -torch.inf).all()
@@ -131,22 +131,22 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("kernels", [reference, rpa_torch])
+@pytest.mark.parametrize("kernel", [reference.ragged_paged_attention_lse, rpa_torch.rpa_torch_lse])
 @pytest.mark.parametrize(("change", "message"), BAD)
-def test_mistakes(kernels, change, message):
+def test_mistakes(kernel, change, message):
     arguments = make_batch([(2, 5), (1, 6)])._asdict()
     arguments.update({name: value for name, value in change.items() if name in arguments})
     options = {name: value for name, value in change.items() if name not in arguments}
     with pytest.raises(ValueError, match="opreg::ragged_paged_attention_lse: .*" + message):
-        kernels.ragged_paged_attention_lse(*arguments.values(), **options)
+        kernel(*arguments.values(), **options)
 
 
-@pytest.mark.parametrize("kernels", [reference, rpa_torch])
-def test_page_out_of_range(kernels):
+@pytest.mark.parametrize("kernel", [reference.ragged_paged_attention, rpa_torch.rpa_torch])
+def test_page_out_of_range(kernel):
     batch = make_batch([(2, 5), (1, 6)])
     batch.page_indices[1, 1] = 6
     with pytest.raises(ValueError, match=r"page_indices\[1, 1\] is 6, but kv_pages has 6 pages; it must be 0 to 5"):
-        kernels.ragged_paged_attention(*batch)
+        kernel(*batch)
 
 
 @pytest.mark.parametrize("kernels", [reference, rpa_torch])

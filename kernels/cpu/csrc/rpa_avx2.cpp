@@ -1,0 +1,5 @@
+#include "rpa_vec256.h"
+// After the vectors:
+#include "rpa_product.h"
+
+extern "C" RpaKernels rpa_kernels() { return {run_unit, merge_tile, W}; }

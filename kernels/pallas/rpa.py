@@ -11,8 +11,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from .rpa_blocks import Blocks, current_chip, default_blocks
 from .rpa_check import check
-from .rpa_kernel import LOG2_E, Plan, kernel, scratch_shapes
+from .rpa_kernel import kernel, scratch_shapes
 from .rpa_pages import NHD, pack_words
+from .rpa_plan import LOG2_E, Plan
 
 
 def ragged_paged_attention(
@@ -39,8 +40,8 @@ def ragged_paged_attention(
 
     Args:
         q: [tokens, query heads, head_dim], float32 or bfloat16; sequence i owns rows cu_q_lens[i] to cu_q_lens[i+1].
-        kv_pages: K and V of head h at 2h and 2h+1 of the combined axis; NHD [pages, page_size, 2*kv_heads, head_dim] or HND
-            [pages, 2*kv_heads, page_size, head_dim]; float32, bfloat16, float8_e4m3fn, float8_e5m2 or int8.
+        kv_pages: K and V of head h at 2h and 2h+1 of the combined axis; NHD [pages, page_size, 2*kv_heads, head_dim]
+            or HND [pages, 2*kv_heads, page_size, head_dim]; float32, bfloat16, float8_e4m3fn, float8_e5m2 or int8.
         kv_lens: int32 [sequences], tokens in the cache, the step's own included.
         page_indices: int32 [sequences, pages per sequence].
         cu_q_lens: int32 [sequences + 1].
@@ -59,7 +60,8 @@ def ragged_paged_attention(
 
     Returns [tokens, query heads, head_dim] in q's dtype; rows past cu_q_lens[num_seqs] are zero.
 
-    Raises ValueError for shapes, dtypes or options that the kernel cannot take. Values of the index arrays are not checked.
+    Raises ValueError for shapes, dtypes or options that the kernel cannot take. Values of the index arrays are not
+    checked.
     """
     return _call(
         q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sinks,
@@ -89,8 +91,8 @@ def ragged_paged_attention_lse(
 ) -> tuple[jax.Array, jax.Array]:
     """ragged_paged_attention and the natural log of the softmax denominator, sink included.
 
-    The second result is float32 [tokens, query heads]; -inf in rows that belong to no sequence. Arguments and errors are those of
-    ragged_paged_attention.
+    The second result is float32 [tokens, query heads]; -inf in rows that belong to no sequence. Arguments and errors
+    are those of ragged_paged_attention.
     """
     out, lse = _call(
         q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sinks,

@@ -12,7 +12,8 @@ from .rpa_pages import HND, packing
 
 MIB = 2**20
 
-# Vector memory of a core. A chip that is not known (a graph lowered where there is no TPU) gets blocks that fit all of them.
+# Vector memory of a core. A chip that is not known (a graph lowered where there is no TPU) gets blocks that fit all of
+# them.
 VMEM_BYTES = {"v4": 16 * MIB, "v5e": 128 * MIB, "v5p": 64 * MIB, "v6e": 128 * MIB, "7x": 64 * MIB}
 ANY_CHIP = "any"
 
@@ -36,8 +37,9 @@ SPILL_BYTES = 4 * MIB
 class Blocks:
     """Sizes in tokens.
 
-    tokens_per_block: query tokens of a grid step. tokens_per_tile: query tokens per tile where a sequence fills less than half a
-    block. kv_per_block: cached tokens fetched together, and per prefill tile. kv_per_chunk: cached tokens per decode product.
+    tokens_per_block: query tokens of a grid step. tokens_per_tile: query tokens per tile where a sequence fills less
+    than half a block. kv_per_block: cached tokens fetched together, and per prefill tile. kv_per_chunk: cached tokens
+    per decode product.
     """
 
     tokens_per_block: int
@@ -47,7 +49,7 @@ class Blocks:
     vmem_limit_bytes: int | None = None
 
     def fitted(self, tokens: int, capacity: int, shape: CacheShape, kv_dtype: Any, kv_layout: str) -> "Blocks":
-        """The same for a call of `tokens` rows and at most `capacity` cached tokens per sequence, in whole pages and tiles."""
+        """The same in whole pages and tiles, for `tokens` rows and at most `capacity` cached tokens per sequence."""
         for name in ("tokens_per_block", "tokens_per_tile"):
             if getattr(self, name) % 16 or getattr(self, name) <= 0:
                 raise fail(f"blocks.{name} is {getattr(self, name)}; it must be a positive multiple of 16")

@@ -58,7 +58,8 @@ def check(
     _, query_heads, q_dim = q.shape
     if combined == 0 or combined % 2:
         raise fail(
-            f"kv_pages {kv_pages.shape} ({kv_layout}) has {combined} combined heads; K and V alternate, so it must be even"
+            f"kv_pages {kv_pages.shape} ({kv_layout}) has {combined} combined heads; "
+            "K and V alternate, so it must be even"
         )
     if q_dim != head_dim:
         raise fail(f"q has head_dim {q_dim} but kv_pages has {head_dim}; they must be equal")
@@ -81,8 +82,8 @@ def check(
     room = kv_lens.shape[0]
     if num_seqs.shape != (1,) or page_indices.shape[0] != room or cu_q_lens.shape[0] != room + 1:
         raise fail(
-            f"kv_lens {kv_lens.shape} asks for page_indices ({room}, n), cu_q_lens ({room + 1},) and num_seqs (1,); they are "
-            f"{page_indices.shape}, {cu_q_lens.shape} and {num_seqs.shape}"
+            f"kv_lens {kv_lens.shape} asks for page_indices ({room}, n), cu_q_lens ({room + 1},) and num_seqs (1,); "
+            f"they are {page_indices.shape}, {cu_q_lens.shape} and {num_seqs.shape}"
         )
     if sinks is not None and sinks.shape != (query_heads,):
         raise fail(f"sinks is {sinks.shape}; it needs one value per query head, ({query_heads},)")
@@ -102,11 +103,11 @@ def _check_tiles(kv_pages: Any, kv_layout: str, page_size: int, combined: int) -
     n = packing(kv_pages.dtype)
     if kv_layout == HND and page_size % (8 * n):
         raise fail(
-            f"page_size {page_size} with HND pages of {kv_pages.dtype}: a page must fill register tiles, a multiple of {8 * n} "
-            "tokens; use such a page size or the NHD layout"
+            f"page_size {page_size} with HND pages of {kv_pages.dtype}: a page must fill register tiles, "
+            f"a multiple of {8 * n} tokens; use such a page size or the NHD layout"
         )
     if kv_layout == NHD and combined % n:
         raise fail(
-            f"NHD pages of {kv_pages.dtype} with {combined // 2} KV head(s): K and V of {n} values share a 32-bit word, so "
-            f"2*kv_heads must be a multiple of {n}; use the HND layout"
+            f"NHD pages of {kv_pages.dtype} with {combined // 2} KV head(s): {n} values share a 32-bit word, "
+            f"so 2*kv_heads must be a multiple of {n}; use the HND layout"
         )

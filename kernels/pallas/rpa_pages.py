@@ -19,8 +19,8 @@ def packing(dtype) -> int:
 def pack_words(kv_pages: jax.Array) -> jax.Array:
     """Token-major pages [pages, rows, head_dim] as the words that the TPU's registers hold: `packing` rows to a word.
 
-    On a TPU this is a change of type without a move. Interpret mode cannot change a ref's type, so there the words are made
-    outside the kernel.
+    On a TPU this is a change of type without a move. Interpret mode cannot change a ref's type, so there the words are
+    made outside the kernel.
     """
     pages, rows, head_dim = kv_pages.shape
     n = packing(kv_pages.dtype)
@@ -33,8 +33,8 @@ class PageReader:
     """Buffer shapes and loads of one layout.
 
     HND pages are [2*heads, page_size, head_dim]; a buffer is [2, 2*heads, tokens, head_dim].
-    NHD pages are taken as [page_size*2*heads, head_dim]; a buffer is [2, tokens*2*heads, head_dim], and a head's rows are
-    every so-many-th of its 32-bit words (K and V of a 16-bit head share a word).
+    NHD pages are taken as [page_size*2*heads, head_dim]; a buffer is [2, tokens*2*heads, head_dim], and a head's rows
+    are every so-many-th of its 32-bit words (K and V of a 16-bit head share a word).
     """
 
     layout: str
@@ -81,29 +81,34 @@ class PageReader:
             return buffer.at[slot, :, pl.ds(0, count * page_size), :]
         return buffer.at[slot, pl.ds(0, count * page_size * self.rows_per_token()), :]
 
-    def _words(self, buffer, slot, row, count: int):
-        """Strided rows of 32-bit words: word `row` of each of `count` tokens from token 0 of `row`'s origin."""
+    def _words(self, buffer, slot, start, row: int, count: int):
+        """Word `row` of each of `count` tokens from token `start` on."""
         stride = self.words_per_token
-        view = buffer.at[slot]
+        view = buffer
         if packing(self.kv_dtype) > 1 and not self.packed_input:
-            view = view.bitcast(jnp.uint32)
+            view = buffer.bitcast(jnp.uint32)
+        # Two steps: the compiler must see that the first is aligned, and that the second is fixed.
+        base = start * stride if isinstance(start, int) else pl.multiple_of(start * stride, count * stride)
+        view = view.at[slot, pl.ds(base, count * stride), :]
         return view[pl.ds(row, count, stride=stride), :]
 
     def load(self, buffer, slot, head: int, start, count: int, dtype):
-        """Keys and values [count, head_dim] of one KV head, from token `start` of the buffer on, in `dtype`."""
+        """Keys and values [count, head_dim] of one KV head, from token `start` of the buffer on, in `dtype`.
+
+        `start` is 0 or a traced multiple of `count`.
+        """
         if self.layout == HND:
             at = pl.ds(start, count)
             return widen(buffer[slot, 2 * head, at, :], dtype), widen(buffer[slot, 2 * head + 1, at, :], dtype)
         n = packing(self.kv_dtype)
-        base = start * self.words_per_token
         if n == 1:
-            return tuple(self._words(buffer, slot, base + 2 * head + i, count).astype(dtype) for i in (0, 1))
-        words = self._words(buffer, slot, base + 2 * head // n, count)
+            return tuple(self._words(buffer, slot, start, 2 * head + i, count).astype(dtype) for i in (0, 1))
+        words = self._words(buffer, slot, start, 2 * head // n, count)
         place = 2 * head % n
         return tuple(unpack(words, place + i, self.kv_dtype, dtype) for i in (0, 1))
 
     def clear_values(self, buffer, slot, start, keep) -> None:
-        """Zero the values of `rows_per_tile` tokens from `start` on, except the first `keep` (which may be negative)."""
+        """Zero the values of `rows_per_tile` tokens from `start` on, except the first `keep`."""
         count = self.rows_per_tile
         if self.layout == HND:
             for head in range(self.kv_heads):
@@ -144,8 +149,8 @@ def unpack(words, place: int, kv_dtype, dtype):
 def float8_bits(byte, kv_dtype):
     """Float32 values of sign-extended 8-bit patterns.
 
-    Built from the fields because a float32 made by shifting the bits into place would be subnormal where the 8-bit value is, and
-    TPUs flush those to zero.
+    Built from the fields because a float32 made by shifting the bits into place would be subnormal where the 8-bit
+    value is, and TPUs flush those to zero.
     """
     mantissa_bits, bias = (3, 7) if kv_dtype == jnp.float8_e4m3fn else (2, 15)
     magnitude = byte & 0x7F

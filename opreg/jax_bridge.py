@@ -15,6 +15,7 @@ from torch._C._functorch import peek_interpreter_stack
 from ._compat import constant_under_dynamo, trace_instead
 from .jax_bridge_arrays import JaxArgumentError, check_tensor, from_foreign, runtime
 from .jax_bridge_executors import execute, plain_views, run_plain
+from .jax_bridge_export import EXPORTED, carry
 from .jax_bridge_op import OP, apply
 from .jax_bridge_ops import from_jax, register_jax_op
 from .jax_bridge_programs import (
@@ -104,9 +105,11 @@ def _call(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
         function.pin()  # a graph that is being made names the program and may run at any time
     tensors = tensors or [torch.empty(0)]  # an operator without a tensor has no device
     tree = infer(program, tensors)[0].tree
-    return tree.unflatten(
-        OP(tensors, program.name) if peek_interpreter_stack() is None else apply(program.name, tensors)
-    )
+    if peek_interpreter_stack() is not None:
+        return tree.unflatten(apply(program.name, tensors))
+    if torch.compiler.is_exporting():
+        return tree.unflatten(EXPORTED(tensors, *carry(program, tensors)))
+    return tree.unflatten(OP(tensors, program.name))
 
 
 def _unwrap_partial(

@@ -332,7 +332,7 @@ def by_name(name: str) -> Program:
     if program is None:
         raise KernelError(
             f"opreg::jax_call: there is no JAX program '{name}' in this process. A graph that leaves the process must "
-            "carry its programs: save it with torch.export, which does"
+            "carry its programs: save it with torch.export.export(..., strict=False), which does"
         )
     return program
 

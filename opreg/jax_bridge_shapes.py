@@ -70,18 +70,19 @@ def infer(program: Program, tensors: Sequence[torch.Tensor]) -> tuple[Signature,
     inputs = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
     if all(type(size) is int for shape, _ in inputs for size in shape):
         return signature(program, inputs), {}
-    symbols = _Symbols()
-    texts = [([symbols.text(size) for size in shape], dtype) for shape, dtype in inputs]
-    run = runtime()
+    symbols = _Symbols(inputs)
     try:
-        shapes = symbols.dimensions([text for sizes, _ in texts for text in sizes])
-        cut = [tuple(next(shapes) for _ in sizes) for sizes, _ in texts]
-        concrete = [(shape, dtype) for shape, (_, dtype) in zip(cut, texts, strict=True)]
-        found = signature(program, concrete, tuple(symbols.bounds))
-        return found, symbols.values
-    except (TypeError, ValueError, run.jax.errors.InconclusiveDimensionOperation) as reason:
+        return signature(program, symbols.inputs(), tuple(symbols.bounds)), symbols.values
+    except (TypeError, ValueError, runtime().jax.errors.InconclusiveDimensionOperation) as reason:
         log.info("call_jax(%s): sizes become numbers, one graph each: %s", program.function.label, reason)
         return signature(program, [(_numbers(program, shape, reason), dtype) for shape, dtype in inputs]), {}
+
+
+def symbolic_inputs(program: Program, tensors: Sequence[torch.Tensor]) -> list[tuple[tuple[Any, ...], torch.dtype]]:
+    """Sizes in jax's symbols and dtypes of tensors for which `infer` found that symbols will do; else numbers."""
+    inputs = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
+    # `infer` has turned sizes that must be numbers into numbers, so what is still symbolic may stay so.
+    return _Symbols(inputs).inputs()
 
 
 def _numbers(program: Program, shape: tuple[Any, ...], reason: Exception) -> tuple[int, ...]:
@@ -97,10 +98,11 @@ def _numbers(program: Program, shape: tuple[Any, ...], reason: Exception) -> tup
 class _Symbols:
     """Names for torch's symbolic sizes, one per distinct expression, and the bounds that torch knows of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, inputs: Sequence[tuple[tuple[Any, ...], torch.dtype]]) -> None:
         self.values: dict[str, Any] = {}
         self.names: dict[str, str] = {}
         self.bounds: list[str] = []
+        self._texts = [([self.text(size) for size in shape], dtype) for shape, dtype in inputs]
 
     def text(self, size: int | torch.SymInt) -> str:
         if isinstance(size, int):
@@ -121,10 +123,12 @@ class _Symbols:
                 self.bounds.append(f"{name} <= {int(bounds.upper)}")
         return name
 
-    def dimensions(self, texts: list[str]) -> Any:
+    def inputs(self) -> list[tuple[tuple[Any, ...], torch.dtype]]:
+        """The inputs with jax's symbolic dimensions, all of one scope."""
         export = runtime().export
         scope = export.SymbolicScope(self.bounds)
-        return iter(export.symbolic_shape(", ".join(texts) + ",", scope=scope))
+        every = iter(export.symbolic_shape(", ".join(t for sizes, _ in self._texts for t in sizes) + ",", scope=scope))
+        return [(tuple(next(every) for _ in sizes), dtype) for sizes, dtype in self._texts]
 
 
 _BINARY: dict[type, Callable[[Any, Any], Any]] = {

@@ -344,7 +344,7 @@ def register_op(
     name: "namespace::name"; left out (bare `@register_op`), the top package and the function's name.
     mutates_args: names of the tensor parameters that are written in place, or {name: how it starts}, which is "written"
         (undefined; the kernel writes all of it), "tail" (the same, but the framework zeroes the rows from
-        num_actual_tokens on: of the layer's metadata, or a parameter of the op), "zeros" (the framework zeroes it before
+        num_actual_tokens on: of the layer's metadata, or an argument), "zeros" (the framework zeroes it before
         the kernel) or "state" (kept from call to call). The LayerName parameter may be named too: the op writes its
         layer's state. That is implied for kind="attention" and for layer ops that write anything.
     device_types: devices on which the body may run; None: all. The body is the reference: it runs where no kernel does.

@@ -1,0 +1,429 @@
+"""check_op: everything `opreg check` does to one op, as a Report."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from .. import fake, library, registry, select
+from ..errors import OpregError, UnknownOpError
+from ..op import Op
+from ..spec import REFERENCE, KernelSpec
+from . import compiled, eager, fakes, gradients, outputs, variants
+from .compare import difference
+from .eager import Crashed, Refused
+from .report import FAILED, OK, SKIPPED, Report
+from .samples import Call, registered_calls, restore_state, tensors_of
+
+ORDER = (
+    "inputs",
+    "contract",
+    "opcheck",
+    "writes",
+    "aliasing",
+    "outputs",
+    "state",
+    "layouts",
+    "fake",
+    "symbolic",
+    "repeat",
+    "compile",
+    "gradients",
+    "vmap",
+)
+"""Checks in the order of the report; the kernels follow."""
+
+
+class _Tally:
+    """Passes and findings per check; of several findings the report shows the first."""
+
+    def __init__(self) -> None:
+        self.passed: dict[str, int] = {}
+        self.found: dict[str, list[tuple[str, str]]] = {}
+        self.skipped: dict[str, str] = {}
+
+    def record(self, check: str, where: str, problem: str | None) -> None:
+        if problem is None:
+            self.passed[check] = self.passed.get(check, 0) + 1
+        else:
+            self.found.setdefault(check, []).append((where, problem))
+
+
+class Checker:
+    """One check of one op: its calls, its kernels and the tally."""
+
+    def __init__(self, op: Op[Any, Any], device: str, seed: int, kernel: str | None, index: int | None) -> None:
+        self.op, self.device, self.seed, self.index = op, device, seed, index
+        self.tally = _Tally()
+        self.report = Report(op.name, device, seed)
+        self.kernels: list[KernelSpec] = []
+        self.refused: dict[str, str] = {}
+        for spec in op.kernels:
+            if kernel is not None and spec.name not in (kernel, REFERENCE):
+                continue
+            why = None if spec.takes(device) else f"for {spec.devices}, not {device}"
+            why = why or spec.missing()
+            if why is not None:
+                self.tally.skipped[f"kernel {spec.name}"] = why
+                continue
+            try:
+                select.load(op, spec)
+                select.load_predicate(op, spec)
+            except OpregError as error:
+                self.tally.record(f"kernel {spec.name}", "", f"cannot be loaded: {error}")
+                continue
+            self.kernels.append(spec)
+        self.truth = next((k for k in self.kernels if k.name == REFERENCE), self.kernels[-1] if self.kernels else None)
+
+    @property
+    def dtypes(self) -> list[torch.dtype]:
+        declared = list(self.op.tolerances) or [torch.float32]
+        return sorted(declared, key=lambda dtype: dtype is not torch.float32)
+
+    def run(self) -> Report:
+        if self.truth is None:
+            self.tally.skipped["inputs"] = f"no kernel can run on {self.device}"
+        else:
+            for position, dtype in enumerate(self.dtypes):
+                self._dtype(dtype, main=position == 0)
+            if not self.report.inputs:
+                self.tally.skipped.setdefault(
+                    "inputs",
+                    "none are registered and none could be made from the contract; add some with register_inputs",
+                )
+        self._finish()
+        return self.report
+
+    def _dtype(self, dtype: torch.dtype, main: bool) -> None:
+        if self.op.inputs is not None:
+            calls: Iterable[Call] = registered_calls(self.op, self.device, dtype, self.seed)
+        else:
+            calls = variants.from_contract(self.op, self.device, dtype, self.seed)
+        iterator = enumerate(calls)
+        while True:
+            try:
+                position, call = next(iterator)
+            except StopIteration:
+                return
+            except Exception as error:  # register_inputs is the author's code
+                self.tally.record("inputs", f"{dtype}", f"register_inputs raises {eager.describe(error)}")
+                return
+            if self.index is not None and position != self.index:
+                continue
+            # Derived calls come from the first two: a variant tests how memory is addressed, not more values.
+            self._call(call, dtype, main, deep=main and (position < 2 or self.index is not None))
+
+    def _call(self, call: Call, dtype: torch.dtype, main: bool, deep: bool) -> None:
+        op = self.op
+        registered = op.inputs is not None
+        where = call.label if main else f"{call.label}, {str(dtype).removeprefix('torch.')}"
+        try:
+            fake.bind(op.spec, call.args)
+            expected = self._run(self._truth(), call)
+        except (Refused, Crashed, OpregError) as error:
+            if registered or (isinstance(error, Crashed) and not self._meaning_matters()):
+                self.tally.record("contract", where, f"the reference {_verb(error)}{error}")
+            return
+        self.report.inputs += main
+        self.tally.record("contract", where, None)
+        self._eager(call, where, dtype, expected, thorough=main)
+        if main:
+            self.tally.record("opcheck", where, self._opcheck(call))
+            self._symbolic(call, where)
+        if deep:
+            for variant in self._variants(call):
+                self._variant(variant, call, dtype, expected)
+            self._compile(call, where)
+        if main and op.has_autograd:
+            self._optional("gradients", where, gradients.check_gradients(op, call))
+        if main and op.has_vmap:
+            self._optional("vmap", where, gradients.check_vmap(op, call))
+
+    def _optional(self, check: str, where: str, answer: tuple[bool, str | None]) -> None:
+        ran, problem = answer
+        if ran:
+            self.tally.record(check, where, problem)
+        elif check not in self.tally.passed and check not in self.tally.found:
+            self.tally.skipped[check] = "no input is small enough, or float64 is refused; register a small one"
+
+    # One call, eager.
+
+    @contextmanager
+    def _through(self, kernel: KernelSpec) -> Iterator[Callable[..., Any]]:
+        """The function that runs one kernel as the op would: contract check, fills, layer look-up."""
+        with select.use_kernel(self.op.name, kernel.name):
+            yield self.op.calls.runner(self.device)
+
+    def _run(self, kernel: KernelSpec, call: Call, args: tuple[Any, ...] | None = None) -> eager.Outcome:
+        with self._through(kernel) as fn:
+            return eager.run(self.op, fn, call, args)
+
+    def _truth(self) -> KernelSpec:
+        if self.truth is None:
+            raise UnknownOpError(f"{self.op.name}: no kernel")
+        return self.truth
+
+    def _eager(self, call: Call, where: str, dtype: torch.dtype, expected: eager.Outcome, thorough: bool) -> None:
+        for kernel in self.kernels:
+            name = f"kernel {kernel.name}"
+            try:
+                why = eager.refusal(self.op, kernel, call.fresh())
+            except Crashed as error:
+                self.tally.record(name, where, str(error))
+                continue
+            if why is not None:
+                self.refused.setdefault(kernel.name, f"refuses {where}: {why}")
+                continue
+            try:
+                self._kernel(kernel, call, where, dtype, expected, thorough)
+            except (Refused, Crashed) as error:
+                cure = "; refuse such calls in why_not" if kernel.name != REFERENCE else ""
+                self.tally.record(name, where, f"{_verb(error)}{error}, which the reference takes{cure}")
+        try:
+            real = eager.run(self.op, self.op.overload, call)
+        except (Refused, Crashed) as error:
+            self.tally.record("contract", where, f"the op {_verb(error)}{error}")
+            return
+        self.tally.record("fake", where, fakes.check_fake(self.op, call, real.results))
+        profiled = outputs.check_profiling(self.op, call) if thorough else None
+        if self.op.spec.layer_arg is not None and thorough:
+            self.tally.record("state", where, profiled)
+
+    def _kernel(
+        self,
+        kernel: KernelSpec,
+        call: Call,
+        where: str,
+        dtype: torch.dtype,
+        expected: eager.Outcome,
+        thorough: bool,
+    ) -> None:
+        name = f"kernel {kernel.name}"
+        by = "" if kernel.name == REFERENCE else f"{kernel.name} "
+        with self._through(kernel) as fn:
+            problems = [*eager.check_writes(self.op, fn, call, thorough)]
+            judged = ["writes", "aliasing"]
+            if thorough and outputs.outputs(self.op):
+                judged.append("outputs")
+                problems += outputs.check_outputs(self.op, fn, call)
+            for check in judged:
+                if not any(found == check for found, _ in problems):
+                    self.tally.record(check, where, None)
+            for check, problem in problems:
+                self.tally.record(check, where, by + problem)
+            if thorough:
+                self.tally.record("repeat", where, _prefix(by, eager.repeats(self.op, fn, call)))
+        if kernel is not self.truth:
+            self.tally.record(name, where, self._agree(kernel, call, dtype, expected))
+        else:
+            self.tally.record(name, where, None)
+
+    def _agree(self, kernel: KernelSpec, call: Call, dtype: torch.dtype, expected: eager.Outcome) -> str | None:
+        """How a kernel's results differ from the reference's, or None.
+
+        In a 16-bit dtype the reference also runs on inputs widened to float32: a reference written in plain torch
+        rounds at every step and is then the less exact of the two.
+        """
+        if torch.Tag.nondeterministic_seeded in self.op.spec.tags:
+            return None
+        rms = eager.tolerance(self.op, dtype)
+        actual = self._run(kernel, call)
+        found = difference(expected.all, actual.all, rms)
+        if found is None or dtype not in (torch.float16, torch.bfloat16):
+            return found
+        try:
+            exact = self._run(self._truth(), call, eager.widen(call.fresh(), dtype))
+        except (Refused, Crashed):
+            return found
+        rounded = [e.to(a.dtype) for e, a in zip(exact.all, actual.all, strict=False)]
+        return None if difference(rounded, actual.all, rms) is None else found
+
+    # Calls derived from one call.
+
+    def _variants(self, call: Call) -> Iterator[Call]:
+        for name in variants.LAYOUTS:
+            changed = variants.layouts(self.op, call, name)
+            if changed is None:
+                continue
+            if self._takes(changed):
+                yield changed
+            else:
+                # One of them is refused: each alone then, in the one layout that has all three traits.
+                if name == "odd strides":
+                    single = (variants.layouts(self.op, call, name, arg.name) for arg in self.op.spec.args)
+                    yield from (one for one in single if one is not None)
+        yield from variants.broadcast(self.op, call)
+        for count in (0, 1):
+            yield from variants.rows(self.op, call, count)
+
+    def _takes(self, call: Call) -> bool:
+        try:
+            self._run(self._truth(), call)
+        except Refused:
+            return False
+        except Crashed:
+            return True
+        return True
+
+    def _variant(self, variant: Call, origin: Call, dtype: torch.dtype, expected: eager.Outcome) -> None:
+        same_values = any(variant.label.endswith(name) for name in variants.LAYOUTS)
+        try:
+            found = self._run(self._truth(), variant)
+        except Refused:
+            return
+        except Crashed as error:
+            if same_values or not self._meaning_matters():
+                self.tally.record("layouts", variant.label, f"the reference {error}")
+            return
+        if same_values and torch.Tag.nondeterministic_seeded not in self.op.spec.tags:
+            rms = max(eager.tolerance(self.op, dtype), 1e-6)
+            problem = difference(expected.all, found.all, rms)
+            self.tally.record("layouts", variant.label, _prefix("the layout changes the reference's values: ", problem))
+        self._eager(variant, variant.label, dtype, found, thorough=False)
+
+    def _meaning_matters(self) -> bool:
+        """Whether arguments hang together by more than their sizes (indices, lengths): then calls cannot be made up."""
+        if self.op.spec.layer_arg is not None:
+            return True
+        for arg in self.op.spec.args:
+            if arg.type in ("Tensor", "Tensor?", "Tensor[]") and arg.dtype is not None:
+                if not (isinstance(arg.dtype, torch.dtype) and arg.dtype.is_floating_point):
+                    return True
+            elif not arg.is_tensor and arg.type.startswith("SymInt"):
+                return True
+        calls = itertools.islice(self._plain_calls(), 1)
+        return any(not t.is_floating_point() for call in calls for value in call for t in tensors_of(value))
+
+    def _plain_calls(self) -> Iterator[tuple[Any, ...]]:
+        if self.op.inputs is None:
+            made = variants.from_contract(self.op, self.device, self.dtypes[0], self.seed)
+            yield from (call.args for call in made)
+        else:
+            made = registered_calls(self.op, self.device, self.dtypes[0], self.seed)
+            yield from (call.args for call in made)
+
+    # Compilers.
+
+    def _opcheck(self, call: Call) -> str | None:
+        op = self.op
+        args, saved = call.fresh(), call.save_state()
+        named = {arg.name: value for arg, value in zip(op.spec.args, args, strict=True)}
+        keywords = {arg.name: named.pop(arg.name) for arg in op.spec.args if arg.keyword_only}
+        try:
+            with eager.seeded():
+                found = library.opcheck(op.overload, tuple(named.values()), keywords)
+        finally:
+            restore_state(saved)
+        failed = {name: text for name, text in found.items() if text != "SUCCESS"}
+        if not failed:
+            return None
+        name, text = next(iter(failed.items()))
+        return f"torch.library.opcheck, {name}: {(text.strip().splitlines() or [''])[0][:300]}"
+
+    def _symbolic(self, call: Call, where: str) -> None:
+        op = self.op
+        problem = fakes.check_unbacked(op, call)
+        if problem is None and fake.fake_source(op) in ("register_fake", "body"):
+            problem = fakes.check_pinned(op, fake.make_fake(op), call, "the fake")
+        for name, predicate in fakes.predicates(op, self.device):
+            problem = problem or fakes.check_pinned(op, predicate, call, f"why_not of kernel {name}")
+        self.tally.record("symbolic", where, problem)
+
+    def _compile(self, call: Call, where: str) -> None:
+        op = self.op
+        first = "one graph" not in self.tally.skipped
+        for backend in compiled.BACKENDS:
+            if not first and backend == "aot_eager":
+                continue
+            for dynamic in (False, True) if first else (True,):
+                try:
+                    self.tally.record("compile", where, compiled.check_compiled(op, call, backend, dynamic))
+                except Crashed:
+                    return
+            self.tally.record("compile", where, compiled.check_fresh_outputs(op, call, backend))
+            if call.state and op.spec.layer_arg is not None:
+                self.tally.record("state", where, compiled.check_dead_outputs(op, call, backend))
+        for problem in compiled.check_alias_after_clone(op, call, "inductor"):
+            self.tally.record("compile", where, problem)
+        if first:
+            self.tally.skipped["one graph"] = ""
+            self.tally.record("compile", where, compiled.check_one_graph(op, call))
+        torch._dynamo.reset()
+
+    # The report.
+
+    def _finish(self) -> None:
+        self.tally.skipped.pop("one graph", None)
+        for kernel in self.kernels:
+            name = f"kernel {kernel.name}"
+            if name not in self.tally.passed and name not in self.tally.found and kernel.name in self.refused:
+                self.tally.skipped[name] = self.refused[kernel.name]
+        names = [*ORDER, *(f"kernel {kernel.name}" for kernel in self.op.kernels)]
+        for check in names:
+            if check in self.tally.found:
+                self._failed(check)
+            elif check in self.tally.passed:
+                self.report.add(check, OK, self._detail(check))
+            elif check in self.tally.skipped:
+                self.report.add(check, SKIPPED, self.tally.skipped[check])
+
+    def _failed(self, check: str) -> None:
+        where, problem = self.tally.found[check][0]
+        others = len({text for _, text in self.tally.found[check]}) - 1
+        more = f" (and {others} more)" if others else ""
+        parts = [f"opreg check {self.op.name}", f"--device {self.device}"]
+        if check.startswith("kernel ") and check != f"kernel {REFERENCE}":
+            parts.append(f"--kernel {check.removeprefix('kernel ')}")
+        if where.startswith("input "):
+            parts.append(f"--input {where.split()[1].rstrip(',')}")
+        parts.append(f"--seed {self.seed}")
+        self.report.add(check, FAILED, f"{where}: {problem}{more}" if where else f"{problem}{more}", " ".join(parts))
+
+    def _detail(self, check: str) -> str:
+        count = self.tally.passed[check]
+        if check == "fake":
+            return f"{fake.fake_source(self.op)}; {count} shapes and layouts"
+        if check == "compile":
+            return "aot_eager and inductor, static and dynamic sizes, no graph break"
+        if check == "outputs":
+            return "every value is written: " + ", ".join(arg.name for arg in outputs.outputs(self.op))
+        if check == "writes":
+            return f"as declared: {', '.join(self.op.spec.mutates) or 'nothing'}"
+        if check.startswith("kernel "):
+            name = check.removeprefix("kernel ")
+            what = "defines the op" if self.truth is not None and name == self.truth.name else "equals the reference"
+            return f"{what} on {count} calls"
+        return ""
+
+
+def _verb(error: BaseException) -> str:
+    return "refuses: " if isinstance(error, (Refused, OpregError)) else ""
+
+
+def _prefix(text: str, problem: str | None) -> str | None:
+    return None if problem is None else text + problem
+
+
+def check_op(
+    op: Op[Any, Any] | Callable[..., Any] | str,
+    *,
+    device: str = "cpu",
+    seed: int = 0,
+    kernel: str | None = None,
+    input: int | None = None,
+) -> Report:
+    """Check an op (or its function, or its name) on one device and return the report.
+
+    kernel: check only this kernel against the reference. input: only the registered input of this number.
+    Raises UnknownOpError for an op or kernel that does not exist.
+    """
+    found = registry.get(op) if isinstance(op, str) else getattr(op, "op", op)
+    if not isinstance(found, Op):
+        raise UnknownOpError(f"check_op takes what register_op returned, or its name; got {type(op).__name__}")
+    if kernel is not None:
+        select.kernel_named(found, kernel)
+    return Checker(found, device, seed, kernel, input).run()

@@ -1,0 +1,232 @@
+"""Checks that call a kernel directly: writes, aliasing, unwritten outputs, repetition, agreement with the reference."""
+
+from __future__ import annotations
+
+import dis
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import select
+from ..errors import OpregError
+from ..op import Op
+from ..spec import KernelSpec
+from .audit import audit, user_line
+from .compare import DEFAULT_RMS, difference
+from .samples import Call, named_tensors, restore_state, tensors_of
+
+
+class Refused(Exception):
+    """The author's own code said, with a raise statement, that it does not take this call."""
+
+
+class Crashed(Exception):
+    """A call failed otherwise: the sentence for the report."""
+
+
+def deliberate(error: BaseException) -> bool:
+    """Whether the error comes from a raise statement (or torch._check), not from the depths of an operator."""
+    if isinstance(error, OpregError):
+        return True
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return False
+    code: types.CodeType = trace.tb_frame.f_code
+    names = {step.offset: step.opname for step in dis.get_instructions(code)}
+    return names.get(trace.tb_lasti, "") in ("RAISE_VARARGS", "RERAISE")
+
+
+def describe(error: BaseException) -> str:
+    """'ValueError: first line of the message at file.py:12 (line)'."""
+    import traceback
+
+    text = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {text[:200]} at {user_line(traceback.extract_tb(error.__traceback__))}"
+
+
+@dataclass
+class Outcome:
+    """Results and written arguments of one run, with names for the report."""
+
+    results: list[torch.Tensor]
+    written: list[torch.Tensor]
+    state: list[torch.Tensor]
+
+    @property
+    def all(self) -> list[torch.Tensor]:
+        return [*self.results, *self.written, *self.state]
+
+
+@contextmanager
+def seeded(seed: int = 0) -> Iterator[None]:
+    """Draws from the global generators are the same each time and leave no trace."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_available() else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def attempt(run: Callable[[], Any]) -> Any:
+    """Result of `run`, or Refused or Crashed."""
+    try:
+        with torch.no_grad(), seeded():
+            return run()
+    except Exception as error:  # the code under test may raise anything; every kind is reported
+        if deliberate(error):
+            raise Refused(describe(error)) from error
+        raise Crashed(f"raises {describe(error)}") from error
+
+
+def run(op: Op[Any, Any], fn: Callable[..., Any], call: Call, args: tuple[Any, ...] | None = None) -> Outcome:
+    """One call of a kernel (or the op) with fresh arguments; the layer's tensors are put back afterwards."""
+    given = call.fresh() if args is None else args
+    saved = call.save_state()
+    try:
+        result = attempt(lambda: op.call_with(fn, given))
+        written = [t for arg, value in zip(op.spec.args, given, strict=True) if arg.mutated for t in tensors_of(value)]
+        state = [tensor.clone() for tensor in call.state.values()]
+    finally:
+        restore_state(saved)
+    return Outcome(tensors_of(result), written, state)
+
+
+def refusal(op: Op[Any, Any], kernel: KernelSpec, args: tuple[Any, ...]) -> str | None:
+    """Why a kernel does not take a call; Crashed where its predicate fails or answers neither None nor a sentence."""
+    predicate = select.load_predicate(op, kernel)
+    if predicate is None:
+        return None
+    try:
+        answer = op.call_with(predicate, args)
+    except Exception as error:  # as above
+        raise Crashed(f"why_not raises {describe(error)}") from error
+    if answer is not None and (not isinstance(answer, str) or not answer):
+        raise Crashed(f"why_not answers {answer!r}; it returns None to accept, or the reason for refusing as a string")
+    return answer
+
+
+def check_writes(
+    op: Op[Any, Any], fn: Callable[..., Any], call: Call, thorough: bool = True
+) -> Iterator[tuple[str, str]]:
+    """(check, problem) about what a kernel writes and returns, seen on one call; thorough: on the same call twice."""
+    args = call.fresh()
+    named = dict(named_tensors(op, args))
+    mutated = {name for name in named if name.split("[")[0] in op.spec.mutates}
+    tensors = {**named, **{f"layer state {path}": tensor for path, tensor in call.state.items()}}
+    saved = call.save_state()
+    try:
+        found = audit(lambda: attempt(lambda: op.call_with(fn, args)), tensors, mutated, watch=thorough)
+        again = found
+        if thorough and (found.foreign or tensors_of(found.result)):
+            again = audit(lambda: attempt(lambda: op.call_with(fn, args)), tensors, mutated)
+        yield from _writes(op, found, mutated)
+        if again is not found:
+            yield from _foreign(op, found.foreign, again.foreign)
+        yield from _aliases(op, found.result, None if again is found else again.result, tensors)
+    finally:
+        restore_state(saved)
+
+
+def _writes(op: Op[Any, Any], found: Any, mutated: set[str]) -> Iterator[tuple[str, str]]:
+    for name, write in found.written.items():
+        if name in mutated:
+            continue
+        what = f"writes {name} ({write.by}, {write.where})"
+        if name.startswith("layer state"):
+            if not op.spec.keeps_state:
+                layer = op.spec.layer_arg.name if op.spec.layer_arg else "layer_name"
+                yield (
+                    "state",
+                    f"{what}, but a call whose outputs are unused is removed; add '{layer}' to mutates_args",
+                )
+        else:
+            base = name.split("[")[0]
+            yield "writes", f"{what}, but mutates_args does not name '{base}'; add it, or work on a copy"
+    for name, count in found.outside.items():
+        yield "writes", f"{count} bytes beside the elements of {name} were written: strides or offset are ignored"
+    for name, how in found.moved.items():
+        yield (
+            "writes",
+            f"{name}: {how}: an argument must stay where it is and as large as it is (resize_, set_, .data =)",
+        )
+
+
+def _foreign(op: Op[Any, Any], first: list[Any], second: list[Any]) -> Iterator[tuple[str, str]]:
+    again = {write.storage for write in second}
+    for write in first:
+        if write.storage in again:
+            if op.spec.keeps_state:
+                return
+            yield (
+                "state",
+                f"writes a tensor that is no argument ({write.by}, {write.where}): compilers do not see it, so a call "
+                "may be removed, repeated or moved; make it an argument named in mutates_args",
+            )
+            return
+
+
+def _aliases(op: Op[Any, Any], first: Any, second: Any, tensors: dict[str, torch.Tensor]) -> Iterator[tuple[str, str]]:
+    declared = [bool(r.alias_info) for r in op.overload._schema.returns]
+    if any(declared):
+        return
+    owners = {tensor.untyped_storage()._cdata: name for name, tensor in tensors.items() if tensor.numel()}
+    seen: dict[int, int] = {}
+    for index, tensor in enumerate(tensors_of(first)):
+        if tensor.numel() == 0:
+            continue
+        storage = tensor.untyped_storage()._cdata
+        if storage in owners:
+            yield "aliasing", f"result {index} shares memory with {owners[storage]}; return a copy (.clone())"
+        elif storage in seen:
+            yield "aliasing", f"results {seen[storage]} and {index} share memory; return a copy of one"
+        elif any(storage == t.untyped_storage()._cdata for t in tensors_of(second) if t.numel()):
+            yield (
+                "aliasing",
+                f"two calls return the same memory as result {index}: the second overwrites the first; "
+                "allocate the result in each call",
+            )
+        seen[storage] = index
+
+
+def tolerance(op: Op[Any, Any], dtype: torch.dtype) -> float:
+    if dtype in op.tolerances:
+        return op.tolerances[dtype][0]
+    return DEFAULT_RMS.get(dtype, 1e-5)
+
+
+def widen(args: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+    """The arguments with tensors of `dtype` turned into float32."""
+
+    def one(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.float() if value.dtype == dtype else value
+        if isinstance(value, (list, tuple)):
+            return type(value)(one(item) for item in value)
+        return value
+
+    return tuple(one(value) for value in args)
+
+
+def repeats(op: Op[Any, Any], fn: Callable[..., Any], call: Call) -> str | None:
+    """What differs between two calls with equal arguments, or that the global generator was used undeclared."""
+    declared = torch.Tag.nondeterministic_seeded in op.spec.tags
+    if not declared:
+        with seeded(1):
+            before = torch.get_rng_state()
+            args, saved = call.fresh(), call.save_state()
+            try:
+                op.call_with(fn, args)
+            finally:
+                restore_state(saved)
+            if not torch.equal(before, torch.get_rng_state()):
+                return (
+                    "draws from torch's global generator, so compilers may drop or repeat a call; "
+                    "add tags=torch.Tag.nondeterministic_seeded, or take the random numbers as an argument"
+                )
+    first, second = run(op, fn, call), run(op, fn, call)
+    found = difference(first.all, second.all, 0.0)
+    return None if found is None else f"two calls with equal arguments differ: {found}"

@@ -1,0 +1,126 @@
+"""Whether every value of a mutated output is defined after the call: two runs over two different poisons."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from ..op import Op
+from ..spec import ArgSpec
+from .eager import run
+from .samples import Call, restore_state, tensors_of
+
+_OUTPUT_NAMES = {"out", "output", "outputs", "result", "dst"}
+
+
+def starts_as(op: Op[Any, Any], arg: ArgSpec) -> str:
+    """How a mutated argument starts: as the author said, else "written" for what looks like an output, else "state".
+
+    Looks like an output: every dim is a name that another argument has too, the first one a name of an argument that is
+    only read (a cache has a number of slots or pages of its own). Without a contract the name decides, and in a layer
+    op, which keeps its caches elsewhere, any mutated argument is an output.
+    """
+    if arg.start is not None:
+        return arg.start
+    if arg.shape is None:
+        words = arg.name.split("_")
+        return "written" if _OUTPUT_NAMES & {arg.name, words[0], words[-1]} or op.spec.layer_arg else "state"
+    others = [a for a in op.spec.args if a is not arg and a.shape is not None]
+    named = {name for a in others for name in (a.shape.names if a.shape else ())}
+    read = {name for a in others if not a.mutated for name in (a.shape.names if a.shape else ())}
+    named |= {a.name for a in op.spec.args if a.type == "SymInt"}
+    read |= {a.name for a in op.spec.args if a.type == "SymInt"}
+    dims = arg.shape.dims
+    if any(dim.kind == "any" or (dim.kind == "star" and not dim.names) for dim in dims):
+        return "state"
+    if dims and not set(dims[0].names) <= read:
+        return "state"
+    return "written" if all(name in named for name in arg.shape.names) else "state"
+
+
+def outputs(op: Op[Any, Any]) -> list[ArgSpec]:
+    """Mutated arguments of which every value must be defined after the call."""
+    return [arg for arg in op.spec.args if arg.mutated and not arg.layer and starts_as(op, arg) != "state"]
+
+
+def poison(tensor: torch.Tensor, which: int) -> torch.Tensor:
+    """A value no kernel computes, of the tensor's dtype: NaN and a large odd number, or two patterns of bits."""
+    if tensor.is_floating_point() or tensor.is_complex():
+        value: float = float("nan") if which == 0 else -13331.0 if torch.finfo(tensor.dtype).max > 2e4 else -113.0
+        return torch.full_like(tensor, value)
+    if tensor.dtype is torch.bool:
+        return torch.full_like(tensor, bool(which))
+    return torch.full_like(tensor, (0x5B, 0x2D)[which])
+
+
+def check_outputs(op: Op[Any, Any], fn: Callable[..., Any], call: Call) -> Iterator[tuple[str, str]]:
+    """Problems with the mutated outputs of one call of the op's runner (which fills "zeros" and "tail" arguments)."""
+    judged = outputs(op)
+    if not judged:
+        return
+    runs = []
+    for which in (0, 1):
+        args = _poisoned(op, call, judged, which)
+        run(op, fn, call, args)
+        runs.append(args)
+    for index, arg in enumerate(op.spec.args):
+        if arg not in judged:
+            continue
+        pairs = zip(tensors_of(runs[0][index]), tensors_of(runs[1][index]), strict=True)
+        for one, other in pairs:
+            survived = _same(one, poison(one, 0)) & _same(other, poison(other, 1))
+            if survived.any():
+                place = [int(i) for i in survived.nonzero()[0]]
+                yield (
+                    "outputs",
+                    f"{int(survived.sum())} of {one.numel()} values of {arg.name} are not written, first at {place}: "
+                    f"the caller sees what the memory held before; write them, or say how it starts: "
+                    f"mutates_args={{'{arg.name}': 'zeros'}} ('tail', 'state')",
+                )
+            elif not _same(one, other).all() and arg.start is not None:
+                differ = int((~_same(one, other)).sum())
+                yield (
+                    "outputs",
+                    f"{differ} of {one.numel()} values of {arg.name} depend on what the memory held before, though it "
+                    f"starts as '{arg.start}'; overwrite it, or declare mutates_args={{'{arg.name}': 'state'}}",
+                )
+
+
+def _poisoned(op: Op[Any, Any], call: Call, judged: list[ArgSpec], which: int) -> tuple[Any, ...]:
+    args = call.fresh()
+    for arg, value in zip(op.spec.args, args, strict=True):
+        if arg in judged:
+            for tensor in tensors_of(value):
+                with torch.no_grad():
+                    tensor.copy_(poison(tensor, which))
+    return args
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    if one.is_floating_point():
+        return (one == other) | (one.isnan() & other.isnan())
+    return one == other
+
+
+def check_profiling(op: Op[Any, Any], call: Call) -> str | None:
+    """What a profiling run (metadata None) leaves undefined, or changes that it should not."""
+    from ..context import _current, forward_context
+
+    layers = _current.get().layers
+    if op.spec.layer_arg is None or layers is None:
+        return None
+    args = _poisoned(op, call, outputs(op), 0)
+    saved = call.save_state()
+    with torch.no_grad(), forward_context(layers=layers, metadata=None):
+        result = op.call_with(op.overload, args)
+    values = [*tensors_of(result)]
+    for arg, value in zip(op.spec.args, args, strict=True):
+        if arg in outputs(op):
+            values += tensors_of(value)
+    if any(value.count_nonzero() for value in values):
+        return "a profiling run (metadata None) leaves something other than zeros in an output"
+    changed = [path for path, (now, before) in zip(call.state, saved, strict=True) if not _same(now, before).all()]
+    restore_state(saved)
+    return f"a profiling run (metadata None) changes the layer's {', '.join(changed)}" if changed else None

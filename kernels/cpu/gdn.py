@@ -21,7 +21,7 @@ INSTRUCTION_SETS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("avx512", (*_AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "bf16")))),
 )
 # Tokens from which a sequence is worth the chunked form.
-CHUNKED_FROM = 24
+CHUNKED_FROM = 12
 
 _FIELDS = 44  # of struct Call in gdn.h, in its order
 _Call = ctypes.c_int64 * _FIELDS

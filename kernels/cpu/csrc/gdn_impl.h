@@ -143,8 +143,13 @@ template <class IO, int W> static void convolve_rows(const Unit& u, const Segmen
     const int64_t padded = up(g.count, VL), width = W ? W : u.c->width;
     const IO* x[CONV_ROWS + 64];
     for (int64_t i = 0; i < n + width - 1; i++) x[i] = input<IO>(u, g, t0 + first + i - (width - 1));
+    // A row of this segment is a few cache lines in a page of its own: too short for the hardware to see it coming.
+    for (int64_t t = t0 + first + n; t < t0 + first + n + CONV_ROWS && t < u.s->count; t++) {
+        const char* next = reinterpret_cast<const char*>(input<IO>(u, g, t));
+        for (int64_t at = 0; at < g.count * int64_t(sizeof(IO)); at += 64) __builtin_prefetch(next + at, 0, 2);
+    }
     for (int64_t ch = 0; ch < padded; ch += VL) {
-        const int64_t left = g.count - ch;
+        const int64_t left = g.count - ch;  // below VL only in a last, partial vector
         const vf bias = load(g.taps + width * padded + ch);
         float* out = g.out + first * g.out_row + ch;
         if constexpr (W > 0) {
@@ -202,6 +207,9 @@ template <class IO> static void prepare(const Unit& u, int64_t t0, int64_t n) {
     const int64_t b_in = c.flat ? head : 2 * head, a_in = c.flat ? c.hv + head : 2 * head + u.ratio;
     for (int64_t t = 0; t < n; t++) {
         const int64_t row = u.row(t0 + t);
+        if (t + 8 < n)
+            for (int64_t at = 0; at < u.ratio * c.v; at += 64 / int64_t(sizeof(IO)))
+                __builtin_prefetch(reinterpret_cast<const IO*>(c.qkvz) + u.row(t0 + t + 8) * c.qkvz_row + z_in + at);
         const IO* from = reinterpret_cast<const IO*>(c.qkvz) + row * c.qkvz_row + z_in;
         std::memcpy(reinterpret_cast<IO*>(c.z) + row * c.z_row + head * c.v, from, size_t(u.ratio * c.v) * sizeof(IO));
         const IO* ba = reinterpret_cast<const IO*>(c.ba) + row * c.ba_row;

@@ -232,13 +232,26 @@ template <class T> static inline vf rounded(vf v, const T*) {
     return load(kept);
 }
 
+#if VL == 16
+static inline vf rounded(vf v, const BF16*) {
+    const __m512i bits = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)v));
+    return vf(_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)));
+}
+#endif
+
 // exp(x), relative error below 2e-7 on [-87, 88], clamped outside, NaN stays NaN (polynomial: Cephes expf).
 static inline vf vexp(vf x) {
+#if VL == 16
+    // The second operand comes through where one is NaN.
+    x = vf(_mm512_max_ps(_mm512_set1_ps(-87.3f), _mm512_min_ps(_mm512_set1_ps(88.0f), (__m512)x)));
+    const vf n = vf(_mm512_roundscale_ps((__m512)(x * 1.44269504088896341f), 8));
+#else
     x = select(x > 88.0f, splat(88.0f), x);
     x = select(x < -87.3f, splat(-87.3f), x);
     const vf magic = splat(12582912.0f);
     const vf t = x * 1.44269504088896341f + magic;
     const vf n = t - magic;
+#endif
     vf r = x - n * 0.693359375f;
     r = r - n * -2.12194440e-4f;
     vf p = splat(1.9875691500e-4f);
@@ -248,8 +261,12 @@ static inline vf vexp(vf x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
+#if VL == 16
+    return vf(_mm512_scalef_ps((__m512)p, (__m512)n));
+#else
     const vi scale = (bits_as<vi>(t) - bits_as<vi>(magic) + 127) << 23;
     return p * bits_as<vf>(scale);
+#endif
 }
 static inline vf sigmoid(vf x) { return reciprocal(1.0f + vexp(-x)); }
 // log(1 + e) for e >= 0 (polynomial: Cephes logf); below 1e-2 the series, where 1 + e would drop digits of e.

@@ -8,4 +8,5 @@ from .kv_cache_update import kv_cache_update as kv_cache_update
 from .paged_attention_core import paged_attention_core as paged_attention_core
 from .ragged_paged_attention import ragged_paged_attention as ragged_paged_attention
 from .ragged_paged_attention import ragged_paged_attention_lse as ragged_paged_attention_lse
+from .ragged_paged_attention_update import ragged_paged_attention_update as ragged_paged_attention_update
 from .rms_norm import rms_norm as rms_norm

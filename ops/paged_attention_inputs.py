@@ -45,6 +45,7 @@ def make_batch(
     spare_seqs: int = 2,
     spare_pages: int = 2,
     window: int | None = None,
+    poison: bool = True,
     device: torch.device | str = "cpu",
     generator: torch.Generator | None = None,
 ) -> Batch:
@@ -52,7 +53,8 @@ def make_batch(
 
     lengths: (query tokens, cache length) per sequence. heads: (query heads, kv heads). spare_*: padding rows, sequences
     and pages. Padding rows of q, unused pages, the slack of last pages and, with `window`, positions that no row may
-    see are NaN (127 in int8); unused index entries are far out of range, so that a kernel which reads them shows.
+    see are NaN (127 in int8; 7 without `poison`, for comparisons that know no NaN); unused index entries are far out of
+    range, so that a kernel which reads them shows.
     """
     if generator is None:
         generator = torch.Generator().manual_seed(0)
@@ -61,7 +63,8 @@ def make_batch(
     query_heads, kv_heads = heads
     page_counts = [-(-kv_len // page_size) for _, kv_len in lengths]
     pool = sum(page_counts) + spare_pages
-    pages = torch.full((pool, page_size, 2 * kv_heads, head_dim), torch.nan, device=origin)
+    filler = torch.nan if poison else 7.0
+    pages = torch.full((pool, page_size, 2 * kv_heads, head_dim), filler, device=origin)
     free = torch.randperm(pool, generator=generator, device=origin).tolist()
     table = torch.full((len(lengths) + spare_seqs, max(page_counts, default=0) + 1), 2**30, dtype=torch.int32)
     starts, kv_lens = [0], []
@@ -69,11 +72,11 @@ def make_batch(
         mine = [free.pop() for _ in range(page_counts[i])]
         first = 0 if window is None or q_len == 0 else max(0, kv_len - q_len - window + 1)
         if mine:
-            content = torch.full((len(mine) * page_size, 2 * kv_heads, head_dim), torch.nan, device=origin)
+            content = torch.full((len(mine) * page_size, 2 * kv_heads, head_dim), filler, device=origin)
             content[:kv_len] = torch.randn(
                 kv_len, 2 * kv_heads, head_dim, generator=generator, device=origin, dtype=torch.float32
             )
-            content[:first] = torch.nan
+            content[:first] = filler
             pages[mine] = content.view(len(mine), page_size, 2 * kv_heads, head_dim)
             table[i, : len(mine)] = torch.tensor(mine, dtype=torch.int32)
             table[i, : first // page_size] = -7  # evicted pages
@@ -87,7 +90,7 @@ def make_batch(
     q = torch.randn(
         starts[-1] + spare_rows, query_heads, head_dim, generator=generator, device=origin, dtype=torch.float32
     )
-    q[starts[-1] :] = torch.nan
+    q[starts[-1] :] = filler
     return Batch(
         q.to(device=device, dtype=dtype),
         kv_pages.to(device),

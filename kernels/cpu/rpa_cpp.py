@@ -19,7 +19,7 @@ _FLAGS = {
     "avx512": _AVX512,
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
 }
-_TYPES = {
+TYPES = {
     torch.float32: 0,
     torch.bfloat16: 1,
     torch.float16: 2,
@@ -31,7 +31,7 @@ LEVELS = {3: "avx512bf16", 2: "avx512", 1: "avx2"}
 """Instruction sets by rank; a processor that has one has those of lower rank."""
 
 
-class _Args(ctypes.Structure):
+class Args(ctypes.Structure):
     """RpaArgs of csrc/rpa.h, field by field."""
 
     _fields_ = (
@@ -44,6 +44,20 @@ class _Args(ctypes.Structure):
         ),
         *((name, ctypes.c_int32) for name in ("q_heads", "kv_heads", "head_dim", "q_type", "kv_type", "threads")),
         *((name, ctypes.c_float) for name in ("scale", "soft_cap", "v_scale")),
+    )
+
+
+class WriteArgs(ctypes.Structure):
+    """RpaWriteArgs of csrc/rpa_write.h, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("k", "v", "kv", "slots")),
+        *((name, ctypes.c_int64) for name in ("k_token", "k_head", "v_token", "v_head")),
+        *((name, ctypes.c_int64) for name in ("kv_page", "kv_position", "kv_head")),
+        *((name, ctypes.c_int64) for name in ("tokens", "page_size", "num_slots")),
+        *((name, ctypes.c_int32) for name in ("kv_heads", "head_dim", "new_type", "kv_type", "threads")),
+        *((name, ctypes.c_int32) for name in ("k_scaled", "v_scaled")),
+        *((name, ctypes.c_float) for name in ("k_scale", "v_scale")),
     )
 
 
@@ -69,12 +83,14 @@ def level() -> int:
 
 
 @cache
-def _library(rank: int) -> ctypes.CDLL:
+def library(rank: int) -> ctypes.CDLL:
     name = LEVELS[rank]
-    library = build.load(f"rpa_{name}", {"rpa.cpp": (), f"rpa_{name}.cpp": _FLAGS[name]})
-    library.rpa_attention.argtypes = (ctypes.POINTER(_Args),)
-    library.rpa_attention.restype = ctypes.c_int32
-    return library
+    built = build.load(f"rpa_{name}", {"rpa.cpp": (), f"rpa_{name}.cpp": _FLAGS[name]})
+    built.rpa_attention.argtypes = (ctypes.POINTER(Args), ctypes.POINTER(WriteArgs))
+    built.rpa_write.argtypes = (ctypes.POINTER(WriteArgs),)
+    built.rpa_write.restype = ctypes.c_int32
+    built.rpa_attention.restype = ctypes.c_int32
+    return built
 
 
 def why_not(
@@ -95,6 +111,11 @@ def why_not(
     sinks: Tensor | None = None,
 ) -> str | None:
     """The reason why this call cannot run here, or None."""
+    return why_not_cache(kv_pages)
+
+
+def why_not_cache(kv_pages: Tensor) -> str | None:
+    """The reason why this machine or this cache is not for the C++ kernels, or None."""
     if not build.X86:
         return "the C++ kernel is written for x86-64 (AVX2 or AVX-512)"
     reason = build.why_not()
@@ -152,6 +173,12 @@ def rpa_cpp_lse(
     return attend(OP_LSE, q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, options, lse), lse
 
 
+def cache_strides(kv_pages: Tensor, kv_layout: str) -> tuple[int, int, int]:
+    """Elements from one page, position and combined head to the next."""
+    page, second, third, _ = kv_pages.stride()
+    return (page, second, third) if kv_layout == "NHD" else (page, third, second)
+
+
 def attend(
     op: str,
     q: Tensor,
@@ -164,8 +191,12 @@ def attend(
     lse: Tensor | None,
     *,
     use_level: int | None = None,
+    step: WriteArgs | None = None,
 ) -> Tensor:
-    """Output, and log-sum-exp into `lse` unless that is None. use_level: one of LEVELS instead of the best."""
+    """Output, and log-sum-exp into `lse` unless that is None.
+
+    use_level: one of LEVELS instead of the best. step: K and V to write first (its slots are left to the kernel).
+    """
     arguments = (q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs)
     cache = check_call(op, *arguments, **options._asdict())
     if q.stride(2) != 1:
@@ -175,9 +206,8 @@ def attend(
         page_indices = page_indices.contiguous()
     sinks = None if options.sinks is None else options.sinks.to(torch.float32).contiguous()
     out = torch.empty(q.shape, dtype=q.dtype)
-    page, second, third, _ = kv_pages.stride()
-    position, head = (second, third) if options.kv_layout == "NHD" else (third, second)
-    args = _Args(
+    page, position, head = cache_strides(kv_pages, options.kv_layout)
+    args = Args(
         q.data_ptr(),
         out.data_ptr(),
         None if lse is None else lse.data_ptr(),
@@ -202,14 +232,14 @@ def attend(
         q.shape[1],
         cache.heads,
         cache.head_dim,
-        _TYPES[q.dtype],
-        _TYPES[kv_pages.dtype],
+        TYPES[q.dtype],
+        TYPES[kv_pages.dtype],
         torch.get_num_threads(),
         options.sm_scale * (1.0 if options.k_scale is None else options.k_scale),
         options.soft_cap or 0.0,
         1.0 if options.v_scale is None else options.v_scale,
     )
-    if _library(level() if use_level is None else use_level).rpa_attention(args) != 0:
+    if library(level() if use_level is None else use_level).rpa_attention(args, step) != 0:
         check_attention(op, *arguments, **options._asdict())
         raise RuntimeError(f"{op}: the C++ kernel refused index tensors that pass every check; please report this call")
     return out

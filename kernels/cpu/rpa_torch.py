@@ -5,11 +5,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference.paged_attention_check import CacheShape, Sequence, check_attention, check_update
+from ..reference.paged_attention_check import (
+    CacheShape,
+    Sequence,
+    check_attention,
+    check_update,
+    check_update_attention,
+    step_slots,
+)
 
 OP = "opreg::ragged_paged_attention"
 OP_LSE = "opreg::ragged_paged_attention_lse"
 OP_UPDATE = "opreg::kv_cache_update"
+OP_FUSED = "opreg::ragged_paged_attention_update"
 
 # Sequences with at most this many query rows are batched with others of like size; longer ones fill the machine alone.
 GROUPED_ROWS = 16
@@ -133,6 +141,64 @@ def kv_cache_update(
         cells = cells.transpose(1, 2)
     cells[:, :, 0::2].index_put_((page, offset), _bytes(_quantise(k, kv_pages.dtype, k_scale)))
     cells[:, :, 1::2].index_put_((page, offset), _bytes(_quantise(v, kv_pages.dtype, v_scale)))
+
+
+def rpa_torch_update(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_pages: Tensor,
+    kv_lens: Tensor,
+    page_indices: Tensor,
+    cu_q_lens: Tensor,
+    num_seqs: Tensor,
+    *,
+    sm_scale: float = 1.0,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    mask_value: float | None = None,
+    k_scale: float | None = None,
+    v_scale: float | None = None,
+    kv_layout: str = "NHD",
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Write the step's K and V, then attend; see opreg::ragged_paged_attention_update."""
+    check_update_attention(OP_FUSED, q, k, v, kv_pages, kv_layout)
+    cache, sequences = check_attention(
+        OP_FUSED,
+        q,
+        kv_pages,
+        kv_lens,
+        page_indices,
+        cu_q_lens,
+        num_seqs,
+        sm_scale=sm_scale,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+        mask_value=mask_value,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        kv_layout=kv_layout,
+        sinks=sinks,
+    )
+    slots = step_slots(q.shape[0], page_indices, cache.page_size, sequences).to(q.device)
+    kv_cache_update(k, v, kv_pages, slots, kv_layout=kv_layout, k_scale=k_scale, v_scale=v_scale)
+    return rpa_torch(
+        q,
+        kv_pages,
+        kv_lens,
+        page_indices,
+        cu_q_lens,
+        num_seqs,
+        sm_scale=sm_scale,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+        mask_value=mask_value,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        kv_layout=kv_layout,
+        sinks=sinks,
+    )
 
 
 def _options(

@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
-from .paged_attention_check import CacheShape, check_attention, check_update
+from .paged_attention_check import CacheShape, check_attention, check_update, check_update_attention, step_slots
 
 OP = "opreg::ragged_paged_attention"
 OP_LSE = "opreg::ragged_paged_attention_lse"
 OP_UPDATE = "opreg::kv_cache_update"
+OP_FUSED = "opreg::ragged_paged_attention_update"
 
 
 def ragged_paged_attention(
@@ -172,6 +173,64 @@ def kv_cache_update(
             for place, new, scale in ((2 * head, k, k_scale), (2 * head + 1, v, v_scale)):
                 where = kv_pages[page, offset, place] if kv_layout == "NHD" else kv_pages[page, place, offset]
                 where.copy_(quantise(new[token, head], kv_pages.dtype, scale))
+
+
+def ragged_paged_attention_update(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_pages: Tensor,
+    kv_lens: Tensor,
+    page_indices: Tensor,
+    cu_q_lens: Tensor,
+    num_seqs: Tensor,
+    *,
+    sm_scale: float = 1.0,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    mask_value: float | None = None,
+    k_scale: float | None = None,
+    v_scale: float | None = None,
+    kv_layout: str = "NHD",
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Write the step's K and V, then attend; see opreg::ragged_paged_attention_update."""
+    check_update_attention(OP_FUSED, q, k, v, kv_pages, kv_layout)
+    cache, sequences = check_attention(
+        OP_FUSED,
+        q,
+        kv_pages,
+        kv_lens,
+        page_indices,
+        cu_q_lens,
+        num_seqs,
+        sm_scale=sm_scale,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+        mask_value=mask_value,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        kv_layout=kv_layout,
+        sinks=sinks,
+    )
+    slots = step_slots(q.shape[0], page_indices, cache.page_size, sequences).to(q.device)
+    kv_cache_update(k, v, kv_pages, slots, kv_layout=kv_layout, k_scale=k_scale, v_scale=v_scale)
+    return ragged_paged_attention(
+        q,
+        kv_pages,
+        kv_lens,
+        page_indices,
+        cu_q_lens,
+        num_seqs,
+        sm_scale=sm_scale,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+        mask_value=mask_value,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        kv_layout=kv_layout,
+        sinks=sinks,
+    )
 
 
 def quantise(x: Tensor, dtype: torch.dtype, scale: float | None) -> Tensor:

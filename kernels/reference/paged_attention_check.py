@@ -173,8 +173,23 @@ def check_update(
     v_scale: float | None,
 ) -> CacheShape:
     """Check the arguments of a cache update, slots included; give the cache's sizes."""
-    cache = cache_shape(op, kv_pages, kv_layout)
     check_scales(op, k_scale, v_scale)
+    cache = check_new_tokens(op, k, v, kv_pages, kv_layout)
+    if slot_mapping.dtype not in (torch.int32, torch.int64):
+        raise fail(op, f"slot_mapping is {slot_mapping.dtype}; use torch.int32 or torch.int64")
+    if slot_mapping.dim() != 1 or slot_mapping.shape[0] != k.shape[0]:
+        raise fail(
+            op,
+            f"slot_mapping is {tuple(slot_mapping.shape)}; it needs one slot per token of k, ({k.shape[0]},), "
+            "-1 for padding rows",
+        )
+    check_slots(op, slot_mapping, cache)
+    return cache
+
+
+def check_new_tokens(op: str, k: Tensor, v: Tensor, kv_pages: Tensor, kv_layout: str) -> CacheShape:
+    """Check the K and V of a step against the cache they go to; give the cache's sizes."""
+    cache = cache_shape(op, kv_pages, kv_layout)
     for name, tensor in (("k", k), ("v", v)):
         if tensor.dim() != 3 or tuple(tensor.shape[1:]) != (cache.heads, cache.head_dim):
             raise fail(
@@ -186,14 +201,11 @@ def check_update(
             raise fail(op, f"{name} is {tensor.dtype}; use one of {_names(QUERY_DTYPES)}")
     if k.shape[0] != v.shape[0]:
         raise fail(op, f"k has {k.shape[0]} tokens but v has {v.shape[0]}; they must be equal")
-    if slot_mapping.dtype not in (torch.int32, torch.int64):
-        raise fail(op, f"slot_mapping is {slot_mapping.dtype}; use torch.int32 or torch.int64")
-    if slot_mapping.dim() != 1 or slot_mapping.shape[0] != k.shape[0]:
-        raise fail(
-            op,
-            f"slot_mapping is {tuple(slot_mapping.shape)}; it needs one slot per token of k, ({k.shape[0]},), "
-            "-1 for padding rows",
-        )
+    return cache
+
+
+def check_slots(op: str, slot_mapping: Tensor, cache: CacheShape) -> None:
+    """ValueError for a slot that the cache does not have."""
     if slot_mapping.numel():
         low, high = (int(value) for value in torch.aminmax(slot_mapping))
         slots = cache.pages * cache.page_size
@@ -204,7 +216,24 @@ def check_update(
                 f"slot_mapping[{(slot_mapping == bad).nonzero()[0].item()}] is {bad}; slots are page * page_size + "
                 f"offset, 0 to {slots - 1} for {cache.pages} pages of {cache.page_size} tokens, or -1 to skip the row",
             )
-    return cache
+
+
+def check_update_attention(op: str, q: Tensor, k: Tensor, v: Tensor, kv_pages: Tensor, kv_layout: str) -> None:
+    """What the fused operator adds to check_call: a K and V row for every query row."""
+    check_new_tokens(op, k, v, kv_pages, kv_layout)
+    if k.shape[0] != q.shape[0]:
+        raise fail(op, f"k has {k.shape[0]} tokens but q has {q.shape[0]}; they must be equal")
+
+
+def step_slots(tokens: int, page_indices: Tensor, page_size: int, sequences: list[Sequence]) -> Tensor:
+    """The slot of every row of a step, int64 [tokens] on the CPU: the sequences' last positions; -1 for padding."""
+    slots = torch.full((tokens,), -1, dtype=torch.int64)
+    table = page_indices.cpu()
+    for s in sequences:
+        position = torch.arange(s.kv_len - s.q_len, s.kv_len)
+        page = table[s.place, position // page_size].to(torch.int64)
+        slots[s.q_start : s.q_start + s.q_len] = page * page_size + position % page_size
+    return slots
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:

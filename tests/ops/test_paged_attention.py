@@ -6,7 +6,13 @@ from typing import Any
 import pytest
 import torch
 from opreg.kernels.reference import paged_attention as reference
-from opreg.ops import kv_cache_update, paged_attention_core, ragged_paged_attention, ragged_paged_attention_lse
+from opreg.ops import (
+    kv_cache_update,
+    paged_attention_core,
+    ragged_paged_attention,
+    ragged_paged_attention_lse,
+    ragged_paged_attention_update,
+)
 from opreg.ops.kv_cache_update import slots_from_slices
 from opreg.ops.paged_attention_inputs import make_batch
 
@@ -14,7 +20,9 @@ import opreg
 from opreg.context import layer_handle
 
 
-@pytest.mark.parametrize("op", [ragged_paged_attention, ragged_paged_attention_lse, kv_cache_update])
+@pytest.mark.parametrize(
+    "op", [ragged_paged_attention, ragged_paged_attention_lse, kv_cache_update, ragged_paged_attention_update]
+)
 def test_opcheck(op: Any) -> None:
     for call in op.samples("cpu", torch.float32):
         torch.library.opcheck(op.overload, (), call)

@@ -1,6 +1,7 @@
 // Ragged paged attention on the CPU: checks the index tensors, cuts the batch into units of work, hands them to threads.
 // Compiled for the base instruction set; the arithmetic is in the files that rpa_kernels_* come from.
 #include "rpa.h"
+#include "rpa_write.h"
 
 #include <algorithm>
 #include <atomic>
@@ -113,11 +114,40 @@ void fill_padding(const RpaArgs& a) {
 
 }  // namespace
 
+// Writes every token into its slot. 1: a slot is out of range, and nothing was written.
+extern "C" int32_t rpa_write(const RpaWriteArgs* args) {
+  const RpaWriteArgs& a = *args;
+  for (int64_t t = 0; t < a.tokens; ++t) {
+    if (a.slots[t] < -1 || a.slots[t] >= a.num_slots) return 1;
+  }
+  const WriteRow write = writer(a.new_type, a.kv_type);
+  // A thread costs about as much to wake as a few thousand numbers to convert.
+  const bool many = a.threads > 1 && a.tokens * a.kv_heads * a.head_dim > 65536;
+#pragma omp parallel for schedule(static) num_threads(a.threads) if (many)
+  for (int64_t t = 0; t < a.tokens; ++t) {
+    if (a.slots[t] >= 0) write_token(a, write, t, a.slots[t]);
+  }
+  return 0;
+}
+
 // 0: done. 1: an index tensor holds something out of range; nothing was read or written through it.
-extern "C" int32_t rpa_attention(const RpaArgs* args) {
+// With `step`, first writes the step's K and V: row r of a sequence stands at position kv_len - q_len + r.
+extern "C" int32_t rpa_attention(const RpaArgs* args, const RpaWriteArgs* step) {
   const RpaArgs& a = *args;
   if (!valid(a)) return 1;
   fill_padding(a);
+  if (step != nullptr) {
+    std::vector<int64_t> slots(step->tokens, -1);
+    for (int64_t i = 0; i < a.num_seqs[0]; ++i) {
+      int64_t position = a.kv_lens[i] - (a.cu_q_lens[i + 1] - a.cu_q_lens[i]);
+      for (int64_t t = a.cu_q_lens[i]; t < a.cu_q_lens[i + 1]; ++t, ++position) {
+        slots[t] = a.pages[i * a.pages_row + position / a.page_size] * a.page_size + position % a.page_size;
+      }
+    }
+    RpaWriteArgs write = *step;
+    write.slots = slots.data();
+    rpa_write(&write);
+  }
   const RpaKernels kernels = rpa_kernels();
   Plan plan = make_plan(a);
   const int64_t units = int64_t(plan.units.size());

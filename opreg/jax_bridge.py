@@ -31,6 +31,7 @@ from .jax_bridge_programs import (
     state,
 )
 from .jax_bridge_shapes import infer
+from .jax_bridge_xla import record_plain
 
 __all__ = [
     "JaxArgumentError",
@@ -71,11 +72,16 @@ def call_jax(fn: Callable[..., Any], args: Sequence[Any] = (), kwargs: Mapping[s
         record = _functions.get(id(fn))
         if record is not None and record.fn_ref() is fn:
             program = record.flat.get(len(args))
-            if program is not None and program.jitted is not None and _eager():
-                arrays = plain_views(args, _TENSORS)
-                if arrays is not None:
-                    out = run_plain(program, arrays)
-                    return out if type(out) is torch.Tensor else out[1].unflatten(out[0])
+            if program is not None and _eager():
+                if program.embedded:
+                    recorded = record_plain(program, args, _TENSORS)
+                    if recorded is not None:
+                        return recorded[1].unflatten(recorded[0])
+                elif program.jitted is not None:
+                    arrays = plain_views(args, _TENSORS)
+                    if arrays is not None:
+                        out = run_plain(program, arrays)
+                        return out if type(out) is torch.Tensor else out[1].unflatten(out[0])
     return _call(fn, args, kwargs)
 
 

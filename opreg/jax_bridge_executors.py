@@ -12,6 +12,7 @@ import torch
 from .errors import KernelError
 from .jax_bridge_arrays import COPY_LIMIT, PLAIN, WIDE, cpu_tensor, numpy_view, runtime, torch_dtype
 from .jax_bridge_programs import Program
+from .jax_bridge_xla import on_xla
 
 
 def execute(program: Program, tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], Any]:
@@ -106,4 +107,7 @@ def own(program: Program, leaves: list[Any], arrays: Sequence[Any]) -> list[torc
     return tensors
 
 
-EXECUTORS: dict[str, Callable[[Program, Sequence[torch.Tensor]], tuple[list[torch.Tensor], Any]]] = {"cpu": on_cpu}
+EXECUTORS: dict[str, Callable[[Program, Sequence[torch.Tensor]], tuple[list[torch.Tensor], Any]]] = {
+    "cpu": on_cpu,
+    "xla": on_xla,
+}

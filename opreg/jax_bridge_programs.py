@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import itertools
 import logging
 import secrets
@@ -168,6 +169,7 @@ class Program:
         self.seen: list[tuple[str, ...]] = []
         self.jitted: Any = None
         self.latest_tree: Any = None
+        self.embedded: dict[Any, Any] = {}
         self.calls = self.entries = self.stamp = self.calls_at_stamp = 0
         with state.lock:
             state.programs[name] = self
@@ -176,15 +178,20 @@ class Program:
         """The jax.jit of this program, made anew after an eviction."""
         jitted = self.jitted
         if jitted is None:
-
-            def program(*arrays: Any) -> Any:
-                note_trace(self, arrays)
-                return self.body(*arrays)
-
             self.stamp = next(state.clock)
-            program.__name__ = program.__qualname__ = self.function.label
-            jitted = self.jitted = runtime().jax.jit(program)
+            jitted = self.jitted = runtime().jax.jit(self.counted)
         return jitted
+
+    @functools.cached_property
+    def counted(self) -> Callable[..., Any]:
+        """The body, which counts its traces; named after the function for whoever reads a profile."""
+
+        def program(*arrays: Any) -> Any:
+            note_trace(self, arrays)
+            return self.body(*arrays)
+
+        program.__name__ = program.__qualname__ = self.function.label
+        return program
 
     def leaves(self, *arrays: Any) -> list[Any]:
         """The results as a flat list (inside a trace)."""
@@ -214,7 +221,9 @@ class Program:
         state.entries -= self.entries
         self.entries = 0
         self.jitted = None
+        self.__dict__.pop("counted", None)  # jax.jit shares traces between jits of one function
         self.signatures.clear()
+        self.embedded.clear()
 
 
 def _text(value: Any) -> str:

@@ -1,0 +1,93 @@
+"""The XLA executor: a JAX function lowered for the platform of torch_xla and recorded as one call in its lazy graph.
+
+Nothing runs here: the HLO of the function becomes a node of the graph, compiled with everything around it at the next
+sync. So whatever cannot work is refused at the call; found at the sync, it would spoil the whole graph.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Container, Sequence
+from typing import Any
+
+import torch
+
+from .errors import KernelError
+from .jax_bridge_arrays import JaxArgumentError, runtime
+from .jax_bridge_programs import Program
+from .jax_bridge_shapes import x64
+
+_PLATFORMS = {"CPU": "cpu", "TPU": "tpu", "CUDA": "cuda", "GPU": "cuda"}
+# Handlers that jaxlib registers in its own CPU client; torch_xla's client has none of them.
+_JAX_ONLY = re.compile(r'custom_call_target="((?:lapack|xla_ffi|xla_python|blas|hipsolver|cusolver|cu_)[^"]*)"')
+
+
+def on_xla(program: Program, tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], Any]:
+    """Record the program in the lazy graph of torch_xla."""
+    key = (*[(tensor.shape, tensor.dtype) for tensor in tensors], _configuration())
+    known = program.embedded.get(key)
+    if known is None:
+        known = program.embedded[key] = _embed(program, tensors)
+    name, computation, tree, record = known
+    program.calls += 1
+    results: list[torch.Tensor] = record(name, list(tensors), computation)
+    return results, tree
+
+
+def record_plain(
+    program: Program, tensors: Sequence[Any], types: Container[type]
+) -> tuple[list[torch.Tensor], Any] | None:
+    """on_xla for ordinary XLA tensors without gradients whose shapes were seen before; None for anything else."""
+    key: list[Any] = []
+    for tensor in tensors:
+        if type(tensor) not in types or not tensor.is_xla or tensor.requires_grad:
+            return None
+        key.append((tensor.shape, tensor.dtype))
+    known = program.embedded.get((*key, _configuration()))
+    if known is None:
+        return None
+    name, computation, tree, record = known
+    program.calls += 1
+    return record(name, tensors, computation), tree
+
+
+def _configuration() -> tuple[Any, ...]:
+    """The settings of jax on which a lowered function depends."""
+    config = runtime().jax.config
+    return config.jax_enable_x64, config.jax_default_matmul_precision, config.jax_numpy_dtype_promotion
+
+
+def _embed(program: Program, tensors: Sequence[torch.Tensor]) -> tuple[str, Any, Any, Any]:
+    """(node's name, XLA computation, pytree of the results, function that records it) for tensors of these shapes."""
+    native = importlib.import_module("torch_xla")._XLAC
+    device = importlib.import_module("torch_xla.runtime").device_type()
+    platform = _PLATFORMS.get(device)
+    label = program.function.label
+    if platform is None:
+        raise KernelError(f"call_jax({label}): torch_xla runs on '{device}'; known are {', '.join(_PLATFORMS)}")
+    run = runtime()
+    arguments = [run.jax.ShapeDtypeStruct(tuple(t.shape), run.to_numpy_dtype[t.dtype]) for t in tensors]
+    with x64([tensor.dtype for tensor in tensors]):
+        # An argument that the function ignores stays a parameter: the graph hands over all of them.
+        jitted = run.jax.jit(program.counted, keep_unused=True)
+        lowered = jitted.trace(*arguments).lower(lowering_platforms=(platform,))
+        hlo = lowered.compiler_ir("hlo")
+    leaves, tree = run.flatten(lowered.out_info)
+    foreign = sorted(set(_JAX_ONLY.findall(hlo.as_hlo_text())))
+    if foreign:
+        raise KernelError(
+            f"call_jax({label}): it needs {', '.join(foreign)}, which only JAX's own runtime has and torch_xla's lacks "
+            "(linear algebra and callbacks on the host do); move the tensors to the CPU for this call"
+        )
+    computation = native._xla_op_computation_from_module_proto(label, hlo.as_serialized_hlo_module_proto())
+    name = "jax::" + re.sub(r"\W", "_", label)
+    trial = native._xla_user_computation(name, list(tensors), computation)
+    for index, (leaf, tensor) in enumerate(zip(leaves, trial, strict=True)):
+        expected = run.to_torch_dtype.get(leaf.dtype)
+        if tensor.dtype != expected:
+            raise JaxArgumentError(
+                f"call_jax({label}): result {index} has dtype {leaf.dtype}, which torch_xla would hand over as "
+                f"{tensor.dtype}; convert it in the function"
+            )
+    return name, computation, tree, native._xla_user_computation

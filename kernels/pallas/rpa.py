@@ -130,7 +130,7 @@ def _call(
         empty = jnp.zeros(q.shape, q.dtype)
         return (empty, jnp.full(q.shape[:2], -jnp.inf, jnp.float32)) if with_lse else (empty,)
     if blocks is None:
-        blocks = default_blocks(shape, q.dtype, kv_pages.dtype, current_chip() if chip is None else chip)
+        blocks = default_blocks(shape, q.dtype, kv_pages.dtype, current_chip() if chip is None else chip, kv_layout)
     blocks = blocks.fitted(tokens, page_indices.shape[1] * shape.page_size, shape, kv_pages.dtype, kv_layout)
     scale = sm_scale * (1.0 if k_scale is None else k_scale)
     plan = Plan(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from .rpa_check import CacheShape, fail
 from .rpa_pages import HND, packing
+from .rpa_table import TABLE
 
 MIB = 2**20
 
@@ -68,7 +69,7 @@ class Blocks:
 def vmem_bytes(blocks: Blocks, shape: CacheShape, q_dtype: Any, kv_dtype: Any) -> int:
     """Vector memory that the kernel's buffers take, an allowance for spills included."""
     width = -(-shape.head_dim // 128) * 128
-    q_size, kv_size = jnp.dtype(q_dtype).itemsize, jnp.dtype(kv_dtype).itemsize
+    q_size, kv_size = int(jnp.dtype(q_dtype).itemsize), int(jnp.dtype(kv_dtype).itemsize)
     rows = blocks.tokens_per_block * shape.query_heads
     windows = 2 * 2 * rows * width * q_size  # q and out, two buffers each
     pages = 2 * blocks.kv_per_block * 2 * shape.kv_heads * width * kv_size
@@ -83,9 +84,13 @@ def current_chip() -> str:
     return CHIPS.get(jax.devices()[0].device_kind, ANY_CHIP)
 
 
-def default_blocks(shape: CacheShape, q_dtype: Any, kv_dtype: Any, chip: str) -> Blocks:
-    """The largest blocks of a fixed shape that fit the chip."""
+def default_blocks(shape: CacheShape, q_dtype: Any, kv_dtype: Any, chip: str, layout: str) -> Blocks:
+    """What the tuner chose for the chip and these heads, else the largest blocks of a fixed form that fit the chip."""
     limit = VMEM_BYTES.get(chip, min(VMEM_BYTES.values()))
+    names = jnp.dtype(q_dtype).name, jnp.dtype(kv_dtype).name
+    tuned = TABLE.get((chip, shape.query_heads, shape.kv_heads, shape.head_dim, *names, layout))
+    if tuned is not None:
+        return Blocks(*tuned, limit)
     tokens, kv = 256, 512
     while True:
         blocks = Blocks(tokens, min(32, tokens), kv, kv, limit)

@@ -49,9 +49,9 @@ class Step:
         self.pages = PageReader(plan.layout, plan.kv_heads, plan.kv_dtype, plan.packed_input)
         self.kv_lens, self.page_indices, self.cu_q_lens, num_seqs, self.q, self.kv_pages = refs[:6]
         rest = refs[6:]
-        self.sinks = rest.pop(0) if plan.with_sinks else None
+        self.sinks: Any = rest.pop(0) if plan.with_sinks else None
         self.out = rest.pop(0)
-        self.lse = rest.pop(0) if plan.with_lse else None
+        self.lse: Any = rest.pop(0) if plan.with_lse else None
         self.buffer, self.semaphores, self.stage = rest[:3]
         self.q_rows, self.m, self.l, self.acc = rest[3:7]  # prefill: head-major
         self.one_m, self.one_l, self.one_acc = rest[7:]  # decode

@@ -1,6 +1,7 @@
 """How pages lie in HBM and in the kernel's buffers, and how one KV head's keys and values come out of them."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,9 @@ HND = "HND"
 NHD = "NHD"
 
 
-def packing(dtype) -> int:
+def packing(dtype: Any) -> int:
     """Values of `dtype` in a 32-bit word."""
-    return 4 // jnp.dtype(dtype).itemsize
+    return 4 // int(jnp.dtype(dtype).itemsize)
 
 
 def pack_words(kv_pages: jax.Array) -> jax.Array:
@@ -39,7 +40,7 @@ class PageReader:
 
     layout: str
     kv_heads: int
-    kv_dtype: jnp.dtype
+    kv_dtype: Any
     packed_input: bool = False
 
     @property
@@ -53,7 +54,7 @@ class PageReader:
         return 2 * self.kv_heads // packing(self.kv_dtype)
 
     @property
-    def buffer_dtype(self) -> jnp.dtype:
+    def buffer_dtype(self) -> Any:
         """Element type of the buffer."""
         return jnp.dtype(jnp.uint32) if self.packed_input else self.kv_dtype
 
@@ -67,7 +68,9 @@ class PageReader:
             return (2, 2 * self.kv_heads, tokens, head_dim)
         return (2, tokens * self.rows_per_token(), head_dim)
 
-    def page_refs(self, kv_pages, buffer, page, slot, index, page_size: int):
+    def page_refs(
+        self, kv_pages: Any, buffer: Any, page: Any, slot: Any, index: Any, page_size: int
+    ) -> tuple[Any, Any]:
         """Where a page is and where it goes, as the block's `index`-th."""
         if self.layout == HND:
             at = pl.ds(pl.multiple_of(index * page_size, page_size), page_size)
@@ -75,13 +78,13 @@ class PageReader:
         rows = page_size * self.rows_per_token()
         return kv_pages.at[page], buffer.at[slot, pl.ds(pl.multiple_of(index * rows, rows), rows), :]
 
-    def buffer_pages(self, buffer, slot, count: int, page_size: int):
+    def buffer_pages(self, buffer: Any, slot: Any, count: int, page_size: int) -> Any:
         """The first `count` pages of a buffer."""
         if self.layout == HND:
             return buffer.at[slot, :, pl.ds(0, count * page_size), :]
         return buffer.at[slot, pl.ds(0, count * page_size * self.rows_per_token()), :]
 
-    def _words(self, buffer, slot, start, row: int, count: int):
+    def _words(self, buffer: Any, slot: Any, start: Any, row: int, count: int) -> jax.Array:
         """Word `row` of each of `count` tokens from token `start` on."""
         stride = self.words_per_token
         view = buffer
@@ -90,9 +93,12 @@ class PageReader:
         # Two steps: the compiler must see that the first is aligned, and that the second is fixed.
         base = start * stride if isinstance(start, int) else pl.multiple_of(start * stride, count * stride)
         view = view.at[slot, pl.ds(base, count * stride), :]
-        return view[pl.ds(row, count, stride=stride), :]
+        words: jax.Array = view[pl.ds(row, count, stride=stride), :]
+        return words
 
-    def load(self, buffer, slot, head: int, start, count: int, dtype):
+    def load(
+        self, buffer: Any, slot: Any, head: int, start: Any, count: int, dtype: Any
+    ) -> tuple[jax.Array, jax.Array]:
         """Keys and values [count, head_dim] of one KV head, from token `start` of the buffer on, in `dtype`.
 
         `start` is 0 or a traced multiple of `count`.
@@ -102,40 +108,41 @@ class PageReader:
             return widen(buffer[slot, 2 * head, at, :], dtype), widen(buffer[slot, 2 * head + 1, at, :], dtype)
         n = packing(self.kv_dtype)
         if n == 1:
-            return tuple(self._words(buffer, slot, start, 2 * head + i, count).astype(dtype) for i in (0, 1))
+            k, v = (self._words(buffer, slot, start, 2 * head + i, count).astype(dtype) for i in (0, 1))
+            return k, v
         words = self._words(buffer, slot, start, 2 * head // n, count)
         place = 2 * head % n
-        return tuple(unpack(words, place + i, self.kv_dtype, dtype) for i in (0, 1))
+        return unpack(words, place, self.kv_dtype, dtype), unpack(words, place + 1, self.kv_dtype, dtype)
 
-    def clear_values(self, buffer, slot, start, keep) -> None:
+    def clear_values(self, buffer: Any, slot: Any, start: Any, keep: Any) -> None:
         """Zero the values of `rows_per_tile` tokens from `start` on, except the first `keep`."""
         count = self.rows_per_tile
         if self.layout == HND:
+            at = pl.ds(start, count)
             for head in range(self.kv_heads):
-                at = (slot, 2 * head + 1, pl.ds(start, count), slice(None))
-                value = buffer[at].astype(jnp.float32)
+                value = buffer[slot, 2 * head + 1, at, :].astype(jnp.float32)
                 kept = lax.broadcasted_iota(jnp.int32, value.shape, 0) < keep
-                buffer[at] = jnp.where(kept, value, 0.0).astype(self.kv_dtype)
+                buffer[slot, 2 * head + 1, at, :] = jnp.where(kept, value, 0.0).astype(self.kv_dtype)
             return
         # Keys go too: their logits are masked, so any finite value will do.
         rows = self.rows_per_token()
-        at = (slot, pl.ds(start * rows, count * rows), slice(None))
-        value = buffer[at]
+        at = pl.ds(start * rows, count * rows)
+        value = buffer[slot, at, :]
         kept = lax.broadcasted_iota(jnp.int32, value.shape, 0) < keep * rows
         if value.dtype == jnp.uint32:
-            buffer[at] = jnp.where(kept, value, jnp.uint32(0))
+            buffer[slot, at, :] = jnp.where(kept, value, jnp.uint32(0))
         else:
-            buffer[at] = jnp.where(kept, value.astype(jnp.float32), 0.0).astype(value.dtype)
+            buffer[slot, at, :] = jnp.where(kept, value.astype(jnp.float32), 0.0).astype(value.dtype)
 
 
-def widen(x, dtype):
+def widen(x: jax.Array, dtype: Any) -> jax.Array:
     """`x` in `dtype`; 8-bit types go through float32, which every chip can do."""
     if x.dtype == dtype:
         return x
     return x.astype(jnp.float32).astype(dtype)
 
 
-def unpack(words, place: int, kv_dtype, dtype):
+def unpack(words: jax.Array, place: int, kv_dtype: Any, dtype: Any) -> jax.Array:
     """The `place`-th value of every word, in `dtype`."""
     if kv_dtype == jnp.bfloat16:
         high = words << 16 if place == 0 else words & jnp.uint32(0xFFFF0000)
@@ -146,7 +153,7 @@ def unpack(words, place: int, kv_dtype, dtype):
     return float8_bits(byte, kv_dtype).astype(dtype)
 
 
-def float8_bits(byte, kv_dtype):
+def float8_bits(byte: jax.Array, kv_dtype: Any) -> jax.Array:
     """Float32 values of sign-extended 8-bit patterns.
 
     Built from the fields because a float32 made by shifting the bits into place would be subnormal where the 8-bit

@@ -110,7 +110,7 @@ def unseen(plan: Plan, ahead: jax.Array, limit: Any) -> jax.Array:
 
     `limit` is the position of row 0 less that of column 0.
     """
-    hidden = ahead > limit
+    hidden: jax.Array = ahead > limit
     if plan.sliding_window is not None:
         hidden = hidden | (ahead <= limit - plan.sliding_window)
     return hidden

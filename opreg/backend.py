@@ -13,9 +13,12 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
 
+from opreg.backend_inductor import compile_piece
 from opreg.errors import OpregError, listing, nearest
 from opreg.graph import SplitGraph, split_graph
+from opreg.graph_lift import Lifted
 from opreg.graph_ops import value_of
+from opreg.graph_plan import Piece
 from opreg.graph_report import Report
 
 log = logging.getLogger("opreg")
@@ -78,6 +81,8 @@ def _inner_compiler(inner: Any) -> Callable[..., Any] | None:
         return made
     if inner == "eager":
         return None
+    if inner == "inductor":
+        return compile_piece
     from torch._dynamo.backends.registry import list_backends, lookup_backend
 
     known = list_backends(exclude_tags=())
@@ -105,6 +110,13 @@ def _ensure_values(gm: GraphModule, example_inputs: Sequence[Any]) -> FakeTensor
     return mode
 
 
+def _inputs_are_checked(split: SplitGraph, first: Piece) -> bool:
+    """Whether no like piece takes what a splitting op returned, which may differ from what the op's fake promised."""
+    likes = [p for p in split.pieces if split.same[p.index] == first.index]
+    homes = {split.plan.piece_of.get(n) for p in likes for n in p.inputs if not isinstance(n, Lifted)}
+    return not any(home is not None and split.pieces[home].split for home in homes)
+
+
 def _compile_pieces(
     split: SplitGraph, report: Report, compiler: Callable[..., Any] | None, mode: FakeTensorMode | None
 ) -> None:
@@ -119,7 +131,10 @@ def _compile_pieces(
         # Each piece has a context of its own: AOTAutograd leaves facts about the graph it compiled in it (fw_metadata,
         # params_flat), and those of one piece must not reach the next. Guards on sizes live in the shared shape env.
         with tracing(TracingContext(mode)):
-            split.use(index, compiler(module, values))
+            if compiler is compile_piece:
+                split.use(index, compile_piece(module, values, checked=_inputs_are_checked(split, piece)))
+            else:
+                split.use(index, compiler(module, values))
         report.seconds[index] = time.perf_counter() - start
         log.info(
             "compiled piece %d (%d of %d, %d ops, runs %d times) in %.2f s",

@@ -9,6 +9,7 @@ import torch
 from torch._subclasses import FakeTensor
 from torch.fx import GraphModule
 
+from opreg import registry
 from opreg.graph_build import Stitcher, build_piece, shape_text
 from opreg.graph_key import Keys, digest
 from opreg.graph_lift import lift_constants
@@ -19,8 +20,6 @@ from opreg.graph_report import PieceReport, Report, distance, why
 
 def splitting_ops() -> list[str]:
     """Names of the registered ops at which a graph is split: those with `kind="attention"`, in order of name."""
-    from opreg import registry
-
     return sorted(op.spec.name for op in registry.all_ops() if op.spec.kind == "attention")
 
 

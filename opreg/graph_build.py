@@ -8,10 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import Graph, GraphModule, Node
 
+from opreg import registry
 from opreg.graph_key import Keys
-from opreg.graph_lift import Lifted
+from opreg.graph_lift import Lifted, overload_of
 from opreg.graph_ops import value_of
 from opreg.graph_plan import Piece, Plan, Step
 
@@ -92,6 +94,7 @@ class Stitcher:
         self.names: dict[Any, str] = {}
         self.lines: list[str] = []
         self.used: list[list[str]] = []
+        self.functions = {op.overload: op.function for op in registry.all_ops()}
         self._bound: dict[int, str] = {}
 
     def name(self, node: Any) -> str:
@@ -139,6 +142,12 @@ class Stitcher:
             return f"slice({', '.join(self.arg(v, used, local) for v in (value.start, value.stop, value.step))})"
         return self.bind(value)
 
+    def direct(self, target: Any) -> Any:
+        """What to call for an op: the function register_op returned (it may skip the dispatcher), else the overload."""
+        if isinstance(target, OpOverloadPacket):
+            target = overload_of(target) or target
+        return self.functions.get(target, target) if isinstance(target, OpOverload) else target
+
     def call(self, step: Any, local: dict[Any, Any]) -> None:
         """One line that runs one node as it is."""
         used: list[str] = []
@@ -159,7 +168,7 @@ class Stitcher:
         elif step.target in _OPERATORS and not kwargs:
             text = f"{args[0]} {_OPERATORS[step.target]} {args[1]}"
         else:
-            text = f"{self.bind(step.target, 'f')}({', '.join(args + kwargs)})"
+            text = f"{self.bind(self.direct(step.target), 'f')}({', '.join(args + kwargs)})"
         local[step] = None
         if step.users or step in self.keys.needed:
             name = self.name(step)
@@ -173,7 +182,12 @@ class Stitcher:
         used: list[str] = []
         args = [self.arg(n, used, {}) for n in piece.inputs]
         outs = [self.name(n) for n in piece.exports]
-        call = f"{self.bind(run, 'p')}({', '.join(args)})"
+        boxed = getattr(run, "boxed", None)
+        call = (
+            f"{self.bind(run, 'p')}({', '.join(args)})"
+            if boxed is None
+            else f"{self.bind(boxed, 'p')}([{', '.join(args)}])"
+        )
         self.lines.append(f"{', '.join(outs)}, = {call}" if outs else call)
         self.used.append(used + outs)
 

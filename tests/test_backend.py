@@ -2,13 +2,14 @@
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from opreg import LayerName, current_layer, forward_context, register_op, splitting_ops
 from opreg.backend import BackendError, last_report, opreg_backend, reports
 from opreg.errors import UnknownOpError
 
@@ -104,6 +105,45 @@ def test_32_layers_are_three_compilations() -> None:
     assert len(report.distinct) == 3
     assert report.splits == ("opreg_backend::attn",) * 32
     assert report is reports()[-1]
+
+
+@register_op("opreg_backend::core_of_layer", mutates_args=("out",), kind="attention")
+def core_of_layer(x: Annotated[Tensor, "t c"], out: Annotated[Tensor, "t c"], layer_name: LayerName) -> None:
+    """Scales by what the layer holds."""
+    layer, metadata = current_layer(layer_name)
+    out.copy_(x * layer + metadata)
+
+
+@register_op("opreg_backend::inner_of_layer", mutates_args=("out",))
+def inner_of_layer(x: Annotated[Tensor, "t c"], out: Annotated[Tensor, "t c"], layer_name: LayerName) -> None:
+    """The same, but compiled into the pieces."""
+    layer, metadata = current_layer(layer_name)
+    out.copy_(x - layer * metadata)
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@torch.no_grad()
+def test_registered_layer_ops_split_by_their_kind_and_share_pieces(inner: str) -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            for i in range(6):
+                y, z = torch.empty_like(x), torch.empty_like(x)
+                inner_of_layer(torch.sin(x), y, f"layers.{i}")
+                core_of_layer(torch.cos(y), z, f"layers.{i}")
+                x = x + z
+            return x
+
+    layers = {f"layers.{i}": float(i) for i in range(6)}
+    x = torch.randn(4, 8)
+    fn = torch.compile(Net(), backend="opreg", fullgraph=True, options={"inner": inner})
+    for metadata in (2.0, 3.0):
+        with forward_context(layers=layers, metadata=metadata):
+            torch.testing.assert_close(fn(x), Net()(x))
+    report = last_report()
+    assert "opreg_backend::core_of_layer" in splitting_ops()
+    assert report.splits == ("opreg_backend::core_of_layer",) * 6
+    assert len(report.distinct) == 3
+    assert not report.lifted, "a layer's name is an input already"
 
 
 class Expert(nn.Module):

@@ -42,6 +42,11 @@ def gdn_attention(
     num_actual_tokens: int | None = None,
     tp_size: int = 1,
     reorder_input: bool = False,
+    *,
+    null_slot: int = -1,
+    source_state_indices: Annotated[Tensor, "_"] | None = None,
+    checkpoint_token_indx: Annotated[Tensor, "_"] | None = None,
+    checkpoint_state_indices: Annotated[Tensor, "_"] | None = None,
 ) -> None:
     """Causal convolution, normalisation, gates and gated delta rule of a mixed batch (Yang et al. 2025, equation 10).
 
@@ -68,8 +73,16 @@ def gdn_attention(
     non_spec_query_start_loc: first token of each sequence and the end, from 0; None means one token each.
     non_spec_token_indx: the row of each token; None means that tokens are rows.
     non_spec_state_indices_tensor: slot per sequence, -1 skips the sequence.
-    num_spec_decodes, spec_*, num_accepted_tokens: speculative decoding; not supported yet, must be left out.
+    num_spec_decodes: how many further sequences verify drafts, each as many as it has; spec_query_start_loc and
+        spec_token_indx are theirs, as above, and a batch with both kinds needs both token indices.
+    spec_state_indices_tensor: [sequences, drafts + 1] slots: both states after token t of the step go to column t.
+    num_accepted_tokens: how many tokens of its previous step each such sequence keeps; it goes on from column
+        max(accepted - 1, 0). A plain step that follows a speculative one names that slot in source_state_indices.
     num_actual_tokens: rows from here on are padding; None means that there is no padding.
+    null_slot: one more slot that skips a sequence, for callers whose padding points at slot 0.
+    source_state_indices: slot per sequence (not speculative ones) to start from, which is only read; None: its own.
+    checkpoint_token_indx, checkpoint_state_indices: after these tokens, counted as in non_spec_query_start_loc, both
+        states are written to these slots as well.
 
     Writes core_attn_out and z in full (zero in rows that no live sequence owns), and the slots of live sequences.
     Raises ValueError that names the argument, for shapes, dtypes, strides, row and slot numbers that cannot be, and for

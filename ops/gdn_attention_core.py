@@ -33,7 +33,8 @@ def gdn_attention_core(
         gqa_interleaved_layout    True: one packed group per key head (Qwen3-Next); False: flat packing (Qwen3.5)
         and, where it has it: tp_size (default 1)
     metadata: an object with num_prefills, num_decodes and, where it has them, the other index arguments of
-        opreg::gdn_attention under the same names (num_actual_tokens: default no padding; the rest: default None or 0)
+        opreg::gdn_attention under the same names, null_slot and keyword-only arguments included; what is missing has
+        the operator's default
 
     Writes core_attn_out, z and the layer's kv_cache. Metadata None: zeros, and the cache stays as it is.
     Raises AttributeError for a layer or metadata that lacks one of these, ValueError as opreg::gdn_attention does.
@@ -75,6 +76,10 @@ def gdn_attention_core(
         getattr(metadata, "num_actual_tokens", None),
         getattr(layer, "tp_size", 1),
         not _need(layer, "gqa_interleaved_layout", layer_name, "layer"),
+        null_slot=getattr(metadata, "null_slot", -1),
+        source_state_indices=getattr(metadata, "source_state_indices", None),
+        checkpoint_token_indx=getattr(metadata, "checkpoint_token_indx", None),
+        checkpoint_state_indices=getattr(metadata, "checkpoint_state_indices", None),
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..reference.gdn_args import fail, sequences, sizes
 from . import build
-from .gdn_call import TYPES, WIDE, dense, readable, sizes_if_plain
+from .gdn_call import TYPES, WIDE, dense, pack, readable, sizes_if_plain
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 # (name, flags) of each instruction set, in the order of gdn_instruction_set in gdn.cpp.
@@ -23,7 +23,7 @@ INSTRUCTION_SETS: tuple[tuple[str, tuple[str, ...]], ...] = (
 # Tokens from which a sequence is worth the chunked form.
 CHUNKED_FROM = 12
 
-_FIELDS = 44  # of struct Call in gdn.h, in its order
+_FIELDS = 45  # of struct Call in gdn.h, in its order
 _Call = ctypes.c_int64 * _FIELDS
 
 
@@ -91,6 +91,11 @@ def why_not(
     num_actual_tokens: int | None = None,
     tp_size: int = 1,
     reorder_input: bool = False,
+    *,
+    null_slot: int = -1,
+    source_state_indices: Tensor | None = None,
+    checkpoint_token_indx: Tensor | None = None,
+    checkpoint_state_indices: Tensor | None = None,
 ) -> str | None:
     """Say why there is no C++ kernel here (no compiler, or it failed), or None. Builds it at the first call."""
     return _why_not()
@@ -126,6 +131,11 @@ def gdn_attention(
     num_actual_tokens: int | None = None,
     tp_size: int = 1,
     reorder_input: bool = False,
+    *,
+    null_slot: int = -1,
+    source_state_indices: Tensor | None = None,
+    checkpoint_token_indx: Tensor | None = None,
+    checkpoint_state_indices: Tensor | None = None,
 ) -> None:
     """Run the op in C++; the arguments are those of `opreg::gdn_attention`.
 
@@ -163,6 +173,10 @@ def gdn_attention(
         num_actual_tokens,
         tp_size,
         reorder_input,
+        null_slot=null_slot,
+        source_state_indices=source_state_indices,
+        checkpoint_token_indx=checkpoint_token_indx,
+        checkpoint_state_indices=checkpoint_state_indices,
     )
 
 
@@ -197,6 +211,11 @@ def _run(
     num_actual_tokens: int | None,
     tp_size: int,
     reorder_input: bool,
+    *,
+    null_slot: int,
+    source_state_indices: Tensor | None,
+    checkpoint_token_indx: Tensor | None,
+    checkpoint_state_indices: Tensor | None,
 ) -> None:
     """Run with the kernels of one instruction set; tests force those that are not the best here."""
     s = sizes_if_plain(
@@ -250,11 +269,19 @@ def _run(
         spec_token_indx,
         spec_state_indices_tensor,
         num_accepted_tokens,
+        null_slot,
+        source_state_indices,
+        checkpoint_token_indx,
+        checkpoint_state_indices,
     )
+    prepared = None
+    if num_spec_decodes or source_state_indices is not None or checkpoint_token_indx is not None:
+        prepared = pack(sequences(*metadata))
+        count = prepared.count
     # Block tables hand over a column of a wider tensor.
     initial, starts = dense(has_initial_state), dense(non_spec_query_start_loc)
     tokens, index = dense(non_spec_token_indx), dense(non_spec_state_indices_tensor)
-    if not readable(count, num_prefills, num_decodes, num_spec_decodes, initial, starts, tokens, index):
+    if prepared is None and not readable(count, num_prefills, num_decodes, initial, starts, tokens, index):
         sequences(*metadata)
         fail("the metadata was refused by the C++ kernel, but not by the checks of the reference")
     call = _Call(
@@ -294,12 +321,11 @@ def _run(
         0 if starts is None else starts.data_ptr(),
         0 if tokens is None else tokens.data_ptr(),
         0 if index is None else index.data_ptr(),
-        0 if starts is None else WIDE[starts.dtype],
-        0 if tokens is None else WIDE[tokens.dtype],
-        0 if index is None else WIDE[index.dtype],
-        0,
-        0,
-        0,
+        0 if starts is None else WIDE.get(starts.dtype, 0),
+        0 if tokens is None else WIDE.get(tokens.dtype, 0),
+        0 if index is None else WIDE.get(index.dtype, 0),
+        null_slot,
+        *((0, 0, 0) if prepared is None else prepared.addresses()),
         torch.get_num_threads(),
         CHUNKED_FROM,
     )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from array import array
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from ..reference.gdn_args import Sizes
+from ..reference.gdn_args import Sequence, Sizes
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 WIDE = {torch.int32: 0, torch.int64: 1}
@@ -80,14 +83,13 @@ def readable(
     count: int,
     num_prefills: int,
     num_decodes: int,
-    num_spec_decodes: int,
     has_initial_state: Tensor | None,
     starts: Tensor | None,
     tokens: Tensor | None,
     index: Tensor | None,
 ) -> bool:
     """Whether the index tensors have dtypes and sizes that the C++ side may read; their values are checked there."""
-    if num_spec_decodes or num_prefills < 0 or num_decodes < 0 or (starts is None and num_prefills):
+    if num_prefills < 0 or num_decodes < 0 or (starts is None and num_prefills):
         return False
     if not count:
         return True
@@ -106,3 +108,31 @@ def _index(t: Tensor, count: int) -> bool:
 
 def dense(t: Tensor | None) -> Tensor | None:
     return t if t is None or t.is_contiguous() else t.contiguous()
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Checked sequences as the C++ side reads them: six numbers each, the rows of their tokens, (token, slot) pairs."""
+
+    count: int
+    sequences: array[int]
+    rows: array[int]
+    writes: array[int]
+
+    def addresses(self) -> tuple[int, int, int]:
+        """Return the addresses of the three; they live as long as this object."""
+        return self.sequences.buffer_info()[0], self.rows.buffer_info()[0], self.writes.buffer_info()[0]
+
+
+def pack(todo: list[Sequence]) -> Packed:
+    """Pack sequences that `sequences` has checked."""
+    flat, rows, writes = array("q"), array("q"), array("q")
+    for q in todo:
+        first, before = len(rows), len(writes) // 2
+        rows.extend(q.rows)
+        for token in sorted(q.writes):
+            for slot in q.writes[token]:
+                writes.extend((token, slot))
+        source, final = (-1 if slot is None else slot for slot in (q.source, q.final))
+        flat.extend((first, len(q.rows), source, final, before, len(writes) // 2))
+    return Packed(len(todo), flat, rows, writes)

@@ -43,6 +43,11 @@ def gdn_attention_torch(
     num_actual_tokens: int | None = None,
     tp_size: int = 1,
     reorder_input: bool = False,
+    *,
+    null_slot: int = -1,
+    source_state_indices: Tensor | None = None,
+    checkpoint_token_indx: Tensor | None = None,
+    checkpoint_state_indices: Tensor | None = None,
 ) -> None:
     """Run the op with torch's own operators in float32; the arguments are those of `opreg::gdn_attention`."""
     s = sizes(
@@ -77,6 +82,10 @@ def gdn_attention_torch(
         spec_token_indx,
         spec_state_indices_tensor,
         num_accepted_tokens,
+        null_slot,
+        source_state_indices,
+        checkpoint_token_indx,
+        checkpoint_state_indices,
     )
     if sum(len(sequence.rows) for sequence in todo) != s.rows:
         core_attn_out.zero_()

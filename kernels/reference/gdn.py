@@ -40,6 +40,11 @@ def gdn_attention(
     num_actual_tokens: int | None = None,
     tp_size: int = 1,
     reorder_input: bool = False,
+    *,
+    null_slot: int = -1,
+    source_state_indices: Tensor | None = None,
+    checkpoint_token_indx: Tensor | None = None,
+    checkpoint_state_indices: Tensor | None = None,
 ) -> None:
     """Run the op token by token in float32; the arguments are those of `opreg::gdn_attention`."""
     _gdn_attention(
@@ -73,6 +78,10 @@ def gdn_attention(
         num_actual_tokens,
         tp_size,
         reorder_input,
+        null_slot=null_slot,
+        source_state_indices=source_state_indices,
+        checkpoint_token_indx=checkpoint_token_indx,
+        checkpoint_state_indices=checkpoint_state_indices,
     )
 
 
@@ -107,6 +116,11 @@ def _gdn_attention(
     num_actual_tokens: int | None = None,
     tp_size: int = 1,
     reorder_input: bool = False,
+    *,
+    null_slot: int = -1,
+    source_state_indices: Tensor | None = None,
+    checkpoint_token_indx: Tensor | None = None,
+    checkpoint_state_indices: Tensor | None = None,
 ) -> None:
     """Run the op token by token in dtype `compute`; tests take float64 here as their truth."""
     s = sizes(
@@ -141,6 +155,10 @@ def _gdn_attention(
         spec_token_indx,
         spec_state_indices_tensor,
         num_accepted_tokens,
+        null_slot,
+        source_state_indices,
+        checkpoint_token_indx,
+        checkpoint_state_indices,
     )
     # Rows that no live sequence owns (padding, skipped slots) must not keep what the allocator left there.
     core_attn_out.zero_()
@@ -154,7 +172,7 @@ def _gdn_attention(
         state = torch.zeros(s.hv, s.v, s.k, dtype=compute, device=ssm_state.device)
         if sequence.source is not None:
             window[1:] = conv_state[sequence.source, :keep]
-            state = ssm_state[sequence.source].to(compute)
+            state = ssm_state[sequence.source].to(compute, copy=True)
         for t, row in enumerate(sequence.rows):
             x, z[row], b, a = _unpack(projected_states_qkvz[row], projected_states_ba[row], s, reorder_input)
             window = torch.cat([window[1:], x[None]])

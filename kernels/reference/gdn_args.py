@@ -185,28 +185,33 @@ class _Slots:
         self.slots = slots
         self.null_slot = null_slot
         self.written: dict[int, int] = {}
+        self.reads: list[tuple[str, int, int]] = []
 
     def is_null(self, slot: int) -> bool:
         return slot in (-1, self.null_slot)
 
-    def known(self, name: str, where: str, slot: int) -> int:
+    def _known(self, where: str, slot: int) -> None:
         if not -1 <= slot < self.slots:
-            fail(f"{name}{where} is slot {slot}, outside 0..{self.slots - 1} (slots of ssm_state; -1 skips)")
-        return slot
+            fail(f"{where} is slot {slot}, outside 0..{self.slots - 1} (slots of ssm_state; -1 skips)")
 
-    def write(self, name: str, where: str, slot: int, owner: int) -> int:
-        self.known(name, where, slot)
+    def write(self, where: str, slot: int, owner: int) -> int:
+        self._known(where, slot)
         if self.written.setdefault(slot, owner) != owner:
-            fail(
-                f"{name}{where} is slot {slot}, which another sequence of this call writes too; give each its own slot"
-            )
+            fail(f"{where} is slot {slot}, which another sequence of this call writes too; give each its own slot")
         return slot
 
-    def read(self, name: str, where: str, slot: int, owner: int) -> int:
-        self.known(name, where, slot)
-        if self.written.get(slot, owner) != owner:
-            fail(f"{name}{where} reads slot {slot}, which another sequence of this call writes; give each its own slot")
+    def read(self, where: str, slot: int, owner: int) -> int:
+        self._known(where, slot)
+        if self.is_null(slot):
+            fail(f"{where} is the null slot {slot}, but its sequence starts from a state; pass the slot that holds it")
+        self.reads.append((where, slot, owner))
         return slot
+
+    def check_reads(self) -> None:
+        """Once every write is known: nobody reads what another sequence writes."""
+        for where, slot, owner in self.reads:
+            if self.written.get(slot, owner) != owner:
+                fail(f"{where} is slot {slot}, which another sequence of this call writes; give each its own slot")
 
 
 def sequences(
@@ -222,41 +227,154 @@ def sequences(
     spec_token_indx: Tensor | None,
     spec_state_indices_tensor: Tensor | None,
     num_accepted_tokens: Tensor | None,
-    null_slot: int = -1,
+    null_slot: int,
+    source_state_indices: Tensor | None,
+    checkpoint_token_indx: Tensor | None,
+    checkpoint_state_indices: Tensor | None,
 ) -> list[Sequence]:
     """Check the values of the metadata and return the live sequences; empty and null ones are left out."""
-    for name, value in (("num_prefills", num_prefills), ("num_decodes", num_decodes)):
+    counts = (("num_prefills", num_prefills), ("num_decodes", num_decodes), ("num_spec_decodes", num_spec_decodes))
+    for name, value in counts:
         if value < 0:
             fail(f"{name} is {value}, expected 0 or more")
-    if num_spec_decodes:
-        fail(f"num_spec_decodes is {num_spec_decodes}: speculative decoding is not supported yet; pass 0")
     slots = _Slots(s.slots, null_slot)
     n = num_prefills + num_decodes
-    if not n:
-        return []
-    both = f"num_prefills + num_decodes = {num_prefills} + {num_decodes}"
-    starts = _non_spec_starts(non_spec_query_start_loc, n, num_prefills, both)
+    if n and num_spec_decodes and (non_spec_token_indx is None or spec_token_indx is None):
+        missing = "spec_token_indx" if spec_token_indx is None else "non_spec_token_indx"
+        fail(f"{missing} is None, but a batch of both kinds needs to know the rows of each")
+    out: list[Sequence] = []
+    if n:
+        out += _non_spec(
+            s,
+            slots,
+            n,
+            num_prefills,
+            has_initial_state,
+            non_spec_query_start_loc,
+            non_spec_token_indx,
+            non_spec_state_indices_tensor,
+            source_state_indices,
+            _checkpoints(checkpoint_token_indx, checkpoint_state_indices),
+        )
+    elif checkpoint_token_indx is not None and checkpoint_token_indx.numel():
+        fail("checkpoint_token_indx is given, but there is no sequence that is not speculative")
+    if num_spec_decodes:
+        given = (spec_query_start_loc, spec_token_indx, spec_state_indices_tensor, num_accepted_tokens)
+        out += _spec(s, slots, num_spec_decodes, n, *given)
+    slots.check_reads()
+    if any(isinstance(q.rows, list) for q in out):
+        seen: set[int] = set()
+        for q in out:
+            for row in q.rows:
+                if row in seen:
+                    fail(f"row {row} is given to two tokens; every entry of the token indices must be another row")
+                seen.add(row)
+    return out
+
+
+def _non_spec(
+    s: Sizes,
+    slots: _Slots,
+    n: int,
+    num_prefills: int,
+    has_initial_state: Tensor | None,
+    query_start_loc: Tensor | None,
+    token_indx: Tensor | None,
+    state_indices: Tensor | None,
+    source_state_indices: Tensor | None,
+    checkpoints: list[tuple[int, int]],
+) -> list[Sequence]:
+    both = f"num_prefills + num_decodes = {n}"
+    starts = _non_spec_starts(query_start_loc, n, num_prefills, both)
     _starts("non_spec_query_start_loc", starts, s.actual, "num_actual_tokens")
-    rows = _token_rows("non_spec_token_indx", non_spec_token_indx, starts[-1], s.actual)
-    if non_spec_state_indices_tensor is None:
-        fail(f"non_spec_state_indices_tensor is None, expected one slot for each of {n} sequences ({both})")
-    index = integers("non_spec_state_indices_tensor", non_spec_state_indices_tensor, n, f"one slot for each of {both}")
+    rows = _token_rows("non_spec_token_indx", token_indx, starts[-1], s.actual)
+    name = "non_spec_state_indices_tensor"
+    if state_indices is None:
+        fail(f"{name} is None, expected one slot for each sequence ({both})")
+    index = integers(name, state_indices, n, f"one slot for each sequence ({both})")
+    sources, source_name = index, name
+    if source_state_indices is not None:
+        source_name = "source_state_indices"
+        sources = integers(source_name, source_state_indices, n, f"one slot for each sequence ({both})")
     known = _has_initial(has_initial_state, n, both)
     out: list[Sequence] = []
     for i, slot in enumerate(index):
         first, last = starts[i], starts[i + 1]
         if first == last or slots.is_null(slot):
             continue
-        slots.write("non_spec_state_indices_tensor", f"[{i}]", slot, i)
-        taken = range(first, last) if rows is None else rows[first:last]
-        out.append(Sequence(taken, slot if known[i] else None, {}, slot))
+        slots.write(f"{name}[{i}]", slot, i)
+        source = slots.read(f"{source_name}[{i}]", sources[i], i) if known[i] else None
+        writes: dict[int, list[int]] = {}
+        for j, (token, to) in enumerate(checkpoints):
+            if first <= token < last and not slots.is_null(to):
+                writes.setdefault(token - first, []).append(slots.write(f"checkpoint_state_indices[{j}]", to, i))
+        out.append(Sequence(range(first, last) if rows is None else rows[first:last], source, writes, slot))
+    for j, (token, _) in enumerate(checkpoints):
+        if not starts[0] <= token < starts[-1]:
+            fail(f"checkpoint_token_indx[{j}] is token {token}, outside {starts[0]}..{starts[-1] - 1}")
+    return out
+
+
+def _checkpoints(tokens: Tensor | None, states: Tensor | None) -> list[tuple[int, int]]:
+    if tokens is None and states is None:
+        return []
+    if tokens is None or states is None or tokens.shape != states.shape:
+        fail("checkpoint_token_indx and checkpoint_state_indices must be given together and have one shape")
+    count = tokens.numel()
+    at = integers("checkpoint_token_indx", tokens, count, "the last token of each checkpoint")
+    return list(zip(at, integers("checkpoint_state_indices", states, count, "one slot for each"), strict=True))
+
+
+def _spec(
+    s: Sizes,
+    slots: _Slots,
+    n: int,
+    owners: int,
+    query_start_loc: Tensor | None,
+    token_indx: Tensor | None,
+    state_indices: Tensor | None,
+    accepted_tokens: Tensor | None,
+) -> list[Sequence]:
+    """Speculative rows: column t of a row of state indices is the slot of the state after its token t."""
+    count = f"num_spec_decodes = {n}"
+    if query_start_loc is None or state_indices is None or accepted_tokens is None:
+        fail(f"{count} needs spec_query_start_loc, spec_state_indices_tensor and num_accepted_tokens")
+    starts = integers(
+        "spec_query_start_loc", query_start_loc, n + 1, f"the first token of each row ({count}), then the end"
+    )
+    _starts("spec_query_start_loc", starts, s.actual, "num_actual_tokens")
+    rows = _token_rows("spec_token_indx", token_indx, starts[-1], s.actual)
+    accepted = integers("num_accepted_tokens", accepted_tokens, n, f"one number for each row ({count})")
+    name = "spec_state_indices_tensor"
+    if state_indices.dtype not in (torch.int32, torch.int64):
+        fail(f"{name} is {state_indices.dtype}, expected torch.int32 or torch.int64")
+    if state_indices.dim() != 2 or state_indices.shape[0] < n or state_indices.shape[1] < 1:
+        fail(f"{name} has shape {tuple(state_indices.shape)}, expected at least ({n}, drafts + 1): {count}")
+    columns: list[list[int]] = state_indices[:n].tolist()
+    out: list[Sequence] = []
+    for i, row in enumerate(columns):
+        first, last = starts[i], starts[i + 1]
+        if first == last or slots.is_null(row[0]):
+            continue
+        if last - first > len(row):
+            fail(f"spec_query_start_loc gives row {i} {last - first} tokens, but {name} has {len(row)} columns")
+        if not 0 <= accepted[i] <= len(row):
+            fail(f"num_accepted_tokens[{i}] is {accepted[i]}, outside 0..{len(row)} (columns of {name})")
+        owner, column = owners + i, max(accepted[i] - 1, 0)
+        source = slots.read(f"{name}[{i}, {column}]", row[column], owner)
+        writes = {
+            t: [slots.write(f"{name}[{i}, {t}]", row[t], owner)]
+            for t in range(last - first)
+            if not slots.is_null(row[t])
+        }
+        out.append(Sequence(range(first, last) if rows is None else rows[first:last], source, writes, None))
     return out
 
 
 def _non_spec_starts(t: Tensor | None, n: int, num_prefills: int, both: str) -> list[int]:
     if t is not None:
         return integers(
-            "non_spec_query_start_loc", t, n + 1, f"the first row of each of {both} sequences, then the end"
+            "non_spec_query_start_loc", t, n + 1, f"the first token of each sequence ({both}), then the end"
         )
     if num_prefills:
         fail(f"non_spec_query_start_loc is None, which means one token a sequence, but num_prefills is {num_prefills}")

@@ -18,9 +18,9 @@ def compiled(name: str) -> Kernel:
     """The C++ kernels for one instruction set, whether or not it is the best here."""
 
     def run(**call: Any) -> None:
-        defaults = {"num_spec_decodes": 0, "num_actual_tokens": None, "tp_size": 1, "reorder_input": False}
-        names = list(inspect.signature(gdn.gdn_attention).parameters)
-        gdn._run(name, *(call.get(n, defaults.get(n)) for n in names))
+        bound = inspect.signature(gdn.gdn_attention).bind(**call)
+        bound.apply_defaults()
+        gdn._run(name, *bound.args, **bound.kwargs)
 
     return run
 

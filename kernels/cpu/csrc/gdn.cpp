@@ -53,7 +53,7 @@ extern "C" int64_t gdn_attention(const gdn::Call* call, void (*run)(const gdn::W
             end = c.starts ? entry(c.starts, c.starts_wide, i + 1) : i + 1;
             if (end < first || end > c.actual) return 1;
             const int64_t slot = entry(c.index, c.index_wide, i);
-            if (first == end || slot == -1) continue;
+            if (first == end || slot == -1 || slot == c.null_slot) continue;
             if (slot < 0 || slot >= c.slots) return 1;
             slots.push_back(slot);
             const bool known = !c.has_initial || c.has_initial[i];
@@ -66,12 +66,14 @@ extern "C" int64_t gdn_attention(const gdn::Call* call, void (*run)(const gdn::W
             for (int64_t i = 0; i < end; i++) {
                 rows[size_t(i)] = entry(c.tokens, c.tokens_wide, i);
                 if (rows[size_t(i)] < 0 || rows[size_t(i)] >= c.actual) return 1;
+                if (owned[size_t(rows[size_t(i)])]++) return 1;
             }
             row_of = rows.data();
         }
     }
     for (const auto& s : sequences) live += s.count;
-    if (live != c.rows || row_of) {
+    if (live != c.rows) {
+        std::fill(owned.begin(), owned.end(), 0);
         for (const auto& s : sequences)
             for (int64_t t = s.first; t < s.first + s.count; t++) owned[size_t(row_of ? row_of[t] : t)] = 1;
         for (int64_t r = 0; r < c.rows; r++)

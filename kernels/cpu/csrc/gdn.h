@@ -20,6 +20,7 @@ struct Call {
     int64_t rows, actual, sequences;
     const char *has_initial, *starts, *tokens, *index;
     int64_t starts_wide, tokens_wide, index_wide;
+    int64_t null_slot;
     const int64_t *prepared, *prepared_rows, *prepared_writes;
     int64_t threads, chunk_from;
 };

@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from .rpa_batch import Batch
 from .rpa_decode import decode
 from .rpa_pages import PageReader
 from .rpa_plan import GROUP, Plan, Span, ceil_div, floor_div
@@ -41,13 +42,14 @@ def scratch_shapes(plan: Plan) -> list[Any]:
     ]
 
 
-class Step:
+class Step(Batch):
     """The refs of one grid step, and what both paths ask of them."""
 
     def __init__(self, plan: Plan, refs: list[Any]) -> None:
         self.plan = plan
         self.pages = PageReader(plan.layout, plan.kv_heads, plan.kv_dtype, plan.packed_input)
-        self.kv_lens, self.page_indices, self.cu_q_lens, num_seqs, self.q, self.kv_pages = refs[:6]
+        kv_lens, self.page_indices, cu_q_lens, num_seqs, self.q, self.kv_pages = refs[:6]
+        super().__init__(kv_lens, cu_q_lens, num_seqs, plan.tokens_per_block)
         rest = refs[6:]
         self.sinks: Any = rest.pop(0) if plan.with_sinks else None
         self.out = rest.pop(0)
@@ -55,9 +57,6 @@ class Step:
         self.buffer, self.semaphores, self.stage = rest[:3]
         self.q_rows, self.m, self.l, self.acc = rest[3:7]  # prefill: head-major
         self.one_m, self.one_l, self.one_acc = rest[7:]  # decode
-        self.num_seqs = num_seqs[0]
-        self.first_token = pl.program_id(0) * plan.tokens_per_block
-        self.end_token = jnp.minimum(self.first_token + plan.tokens_per_block, self.cu_q_lens[self.num_seqs])
 
     def run(self) -> None:
         """All sequences of the block; rows that belong to none are zero."""
@@ -84,33 +83,6 @@ class Step:
                 return following, slot
 
             lax.while_loop(lambda state: self.is_here(state[0]), one, (first, jnp.int32(0)))
-
-    def first_sequence(self) -> Any:
-        """The first sequence that ends past the block's first token, by bisection of cu_q_lens."""
-
-        def halve(bounds: Any) -> Any:
-            low, high = bounds
-            middle = lax.shift_right_logical(low + high, 1)
-            past = self.cu_q_lens[middle + 1] > self.first_token
-            return jnp.where(past, low, middle + 1), jnp.where(past, middle, high)
-
-        low, _ = lax.while_loop(lambda bounds: bounds[0] < bounds[1], halve, (jnp.int32(0), self.num_seqs))
-        return self.skip_empty(low)
-
-    def skip_empty(self, sequence: Any) -> Any:
-        """The first sequence from `sequence` on that has rows and keys."""
-
-        def empty(s: Any) -> Any:
-            at = jnp.minimum(s, self.num_seqs - 1)
-            no_rows = self.cu_q_lens[at + 1] <= self.cu_q_lens[at]
-            return (s < self.num_seqs) & (no_rows | (self.kv_lens[at] <= 0))
-
-        return lax.while_loop(empty, lambda s: s + 1, sequence)
-
-    def is_here(self, sequence: Any) -> Any:
-        """Whether the sequence starts before the end of the block."""
-        start = self.cu_q_lens[jnp.minimum(sequence, self.num_seqs)]
-        return (sequence < self.num_seqs) & (start < self.end_token)
 
     def span(self, sequence: Any) -> Span:
         """The sequence's rows in this block and what they see."""

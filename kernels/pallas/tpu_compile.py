@@ -47,6 +47,7 @@ class Problem:
     soft_cap: float | None = None
     sinks: bool = False
     lse: bool = False
+    update: bool = False  # write the step into the cache first
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ def lower(chip: str, problem: Problem, blocks: Blocks | None) -> Any:
     from jax.sharding import SingleDeviceSharding
 
     from .rpa import ragged_paged_attention, ragged_paged_attention_lse
+    from .rpa_update import ragged_paged_attention_update
 
     device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices[0]
 
@@ -124,21 +126,25 @@ def lower(chip: str, problem: Problem, blocks: Blocks | None) -> Any:
     ]
     if p.sinks:
         arguments.append(array((p.query_heads,), "float32"))
-    attention = ragged_paged_attention_lse if p.lse else ragged_paged_attention
+    attention: Any = ragged_paged_attention_lse if p.lse else ragged_paged_attention
+    if p.update:
+        attention = ragged_paged_attention_update
+        new = array((p.tokens, p.kv_heads, p.head_dim), p.q_dtype)
+        arguments[1:1] = [new, new]
 
     def call(*args: Any) -> Any:
         return attention(
-            *args[:6],
+            *(args[:-1] if p.sinks else args),
             sm_scale=p.head_dim**-0.5,
             sliding_window=p.sliding_window,
             soft_cap=p.soft_cap,
-            sinks=args[6] if p.sinks else None,
+            sinks=args[-1] if p.sinks else None,
             kv_layout=p.layout,
             blocks=blocks,
             chip=chip,
         )
 
-    return jax.jit(call).lower(*arguments)
+    return jax.jit(call, donate_argnums=(3,) if p.update else ()).lower(*arguments)
 
 
 def main(order: str) -> None:

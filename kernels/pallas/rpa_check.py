@@ -12,6 +12,9 @@ QUERY_DTYPES = ("float32", "bfloat16")
 CACHE_DTYPES = (*QUERY_DTYPES, "float8_e4m3fn", "float8_e5m2", "int8")
 LARGEST_MASK_VALUE = -1e4
 
+# All chips have 1 MiB of scalar memory; the compiler wants some for itself.
+SCALAR_BYTES = 2**20 - 2**16
+
 
 class CacheShape(NamedTuple):
     """Sizes of the problem that block sizes depend on."""
@@ -84,6 +87,12 @@ def check(
         raise fail(
             f"kv_lens {kv_lens.shape} asks for page_indices ({room}, n), cu_q_lens ({room + 1},) and num_seqs (1,); "
             f"they are {page_indices.shape}, {cu_q_lens.shape} and {num_seqs.shape}"
+        )
+    scalars = 4 * (3 * room + 2 + room * page_indices.shape[1])
+    if scalars > SCALAR_BYTES:
+        raise fail(
+            f"page_indices {page_indices.shape} and the lengths take {scalars} bytes of scalar memory; there are "
+            f"{SCALAR_BYTES}, so use larger pages or split the batch"
         )
     if sinks is not None and sinks.shape != (query_heads,):
         raise fail(f"sinks is {sinks.shape}; it needs one value per query head, ({query_heads},)")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from .rpa_blocks import Blocks, default_blocks
+from .rpa_blocks import VMEM_BYTES, Blocks, default_blocks
 from .rpa_check import CacheShape
 from .rpa_kernel import UNROLL
 from .tpu_bundles import DumpError, Region, Schedule
@@ -43,6 +43,12 @@ class Figures:
         """Cycles of a decode sequence over those that its pages take to arrive; copies run during the sequence
         before."""
         return max(self.copy_floor, self.decode_sequence) / self.copy_floor
+
+
+def tile_blocks(chip: str) -> Blocks:
+    """The tile that figures are compared on, whatever the tuner chose: 256 x 512, and what fits a v4."""
+    sizes = (64, 32, 256, 256) if chip == "v4" else (256, 32, 512, 512)
+    return Blocks(*sizes, VMEM_BYTES[chip])
 
 
 def measure(chip: str, problem: Problem, blocks: Blocks | None = None) -> Figures:

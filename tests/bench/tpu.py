@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import libtpu
 from opreg.kernels.pallas.tpu_compile import TOPOLOGIES, Problem
-from opreg.kernels.pallas.tpu_figures import Figures, measure
+from opreg.kernels.pallas.tpu_figures import Figures, measure, tile_blocks
 
 # Bundles per tile of 256 tokens x 512 x 32/8 heads x 128 of the published kernels under this same compiler.
 PUBLISHED = {
@@ -45,7 +45,7 @@ def main() -> None:
     print(f"jax {jax.__version__}, libtpu {libtpu.__version__}", file=sys.stderr)
     for layout in options.layouts.split(","):
         for chip in options.chips.split(","):
-            result = measure(chip, Problem(layout=layout))
+            result = measure(chip, Problem(layout=layout), tile_blocks(chip))
             found[f"{chip} {layout}"] = dataclasses.asdict(result)
             if not options.json:
                 print(describe(layout, result), flush=True)

@@ -11,6 +11,7 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from opreg.kernels.pallas import rpa_prefill
 from opreg.kernels.pallas.rpa import ragged_paged_attention, ragged_paged_attention_lse
 from opreg.kernels.pallas.rpa_blocks import Blocks
 from opreg.kernels.pallas.rpa_pages import pack_words, unpack
@@ -154,12 +155,37 @@ BATCHES = {
 }
 
 
-def test_batches_of_one_compiled_shape():
-    """Lengths are data: one executable serves any mix, several tiles and chunks included."""
-    shape = {"tokens": 64, "room": 9, "width": 8, "pages": 24}
-    run = kernel("HND", TILES, sm_scale=0.1)
+def check_batches(layout, **options):
+    """Lengths are data: one executable serves any mix, with several tiles, products and chunks."""
+    shape = {"tokens": 64, "room": 9, "width": 8, "pages": 24, "layout": layout, **options}
+    run = kernel(layout, TILES, sm_scale=0.1)
     for seed, sequences in enumerate(BATCHES.values()):
         check(make_case(sequences, **shape, seed=seed), run, sm_scale=0.1)
+
+
+def test_batches_of_one_compiled_shape(monkeypatch):
+    monkeypatch.setattr(rpa_prefill, "ROWS_PER_PRODUCT", 32)
+    check_batches("HND", heads=(2, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["HND", "NHD"])
+@pytest.mark.parametrize("heads", [(4, 2), (8, 4), (6, 2), (5, 1)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_batches_of_many_shapes(monkeypatch, layout, heads, dtype):
+    monkeypatch.setattr(rpa_prefill, "ROWS_PER_PRODUCT", 32)
+    check_batches(layout, heads=heads, dtype=dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["HND", "NHD"])
+@pytest.mark.parametrize("kv_dtype", ["float8_e4m3fn", "float8_e5m2", "int8"])
+@pytest.mark.parametrize("sliding_window", [None, 5, 128])
+def test_eight_bit_caches_and_windows(layout, kv_dtype, sliding_window):
+    scale = 1 / 30 if kv_dtype == "int8" else 0.5
+    options = {"sm_scale": 0.1, "k_scale": scale, "v_scale": scale, "sliding_window": sliding_window, "soft_cap": 50.0}
+    sequences = [(1, 130), (40, 170), (16, 16)]
+    check_one(sequences, blocks=TILES, options=options, layout=layout, page_size=32, kv_dtype=kv_dtype)
 
 
 SINKS = np.array([0.5, -1.0, 2.0, 0.0])
@@ -255,6 +281,7 @@ def test_the_race_detector_is_awake():
         ({"kv_lens": jnp.zeros((3,), jnp.int32)}, "cu_q_lens (4,)"),
         ({"kv_lens": jnp.zeros((2,), jnp.float32)}, "kv_lens is float32"),
         ({"sinks": jnp.zeros((2,))}, "sinks is (2,)"),
+        ({"page_indices": jnp.zeros((2, 2**17), jnp.int32)}, "bytes of scalar memory"),
         ({"sliding_window": 0}, "sliding_window is 0"),
         ({"mask_value": -1.0}, "mask_value is -1.0"),
         ({"soft_cap": 0.0}, "soft_cap is 0.0"),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import lowering
+from . import digest, lowering
 from .errors import ContractError, RegistrationError
 from .shapes import Binding, Mismatch
 from .spec import ArgSpec, Like, OpSpec, ReturnSpec
@@ -139,7 +139,9 @@ def make_fake(op: Op) -> Callable[..., Any]:
     register_fake may come after the op was defined."""
 
     def fake(args: tuple[Any, ...]) -> Any:
+        op.traced = True
         lowering.install_if_inductor(op)
+        digest.in_cache_key()
         binding = bind(op.spec, args)
         source = fake_source(op)
         if source == "register_fake":

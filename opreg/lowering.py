@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import registry
+from . import alias, registry
 
 if TYPE_CHECKING:
     from .op import Op
@@ -63,6 +63,7 @@ def _install(op: Op[..., Any]) -> None:
     fallback = lowering.fallback_handler(overload)
 
     def lower(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = alias.separate(op, args, kwargs)
         first = len(V.graph.operations)
         result = fallback(*args, **kwargs)
         for operation in V.graph.operations[first:]:

@@ -11,7 +11,7 @@ from typing import Any, Generic, Protocol, cast, overload
 import torch
 from typing_extensions import ParamSpec, TypeVar
 
-from . import _compat, call, devices, fake, library, registry, select, signature
+from . import _compat, call, devices, digest, fake, library, registry, select, signature
 from .errors import DuplicateOpError, RegistrationError, SignatureError
 from .spec import REFERENCE, REFERENCE_PRIORITY, KernelSpec, OpSpec
 
@@ -33,6 +33,9 @@ class Op(Generic[P, R]):
         self.kernels: list[KernelSpec] = []
         self.explicit_fake: Callable[..., Any] | None = None
         self.has_autograd = False
+        self.formula: tuple[Callable[..., Any] | None, ...] = ()
+        self.batching: Callable[..., Any] | None = None
+        self.traced = False  # whether a compiler has seen the fake
         self.has_vmap = False
         self.inputs: Inputs | None = None
         self.tolerances: dict[torch.dtype, tuple[float, str]] = {}
@@ -185,6 +188,8 @@ class Op(Generic[P, R]):
                 f"{self.name}: a fake is already registered at {signature.source_of(self.explicit_fake)}"
             )
         self.explicit_fake = fn
+        self.calls.reset()  # runners of contract-derived fakes also see to the results' strides
+        digest.changed_after_trace(self, "a fake")
         return fn
 
     def register_autograd(
@@ -197,7 +202,8 @@ class Op(Generic[P, R]):
                 "functional op for training and let it return what it computes"
             )
         library.autograd(self.name, backward, setup_context)
-        self.has_autograd = True
+        self.has_autograd, self.formula = True, (backward, setup_context)
+        digest.changed_after_trace(self, "a backward formula")
 
     def register_vmap(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """Register the batching rule, `fn(info, in_dims, *args) -> (outputs, out_dims)`."""
@@ -209,7 +215,8 @@ class Op(Generic[P, R]):
             return self.call_with(functools.partial(fn, info, dims), everything)
 
         library.vmap(self.name, rule)
-        self.has_vmap = True
+        self.has_vmap, self.batching = True, fn
+        digest.changed_after_trace(self, "a batching rule")
         return fn
 
     def register_inputs(self, fn: Inputs) -> Inputs:

@@ -19,11 +19,27 @@ _LOCK = threading.RLock()
 _LOADED: dict[str, BaseException | None] = {}
 
 
+_generation = 0
+
+
+def generation() -> int:
+    """A number that changes whenever an op is added, or something that compiled graphs rely on is added to one."""
+    return _generation
+
+
+def touch() -> None:
+    """Count a change, see `generation`."""
+    global _generation
+    with _LOCK:
+        _generation += 1
+
+
 def add(op: Op) -> Op:
     """Enter an op, or return the one that is there if it is the same declaration again (a module imported twice)."""
     with _LOCK:
         known = _OPS.setdefault(op.name, op)
     if known is op:
+        touch()
         return op
     if known.declaration != op.declaration:
         raise DuplicateOpError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,15 +14,15 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
 
 from opreg.backend_inductor import compile_piece
+from opreg.backend_sizes import Compile, SizeError, Variant, compile_variant, dispatch, plan_variants
 from opreg.errors import OpregError, listing, nearest
 from opreg.graph import SplitGraph, split_graph
 from opreg.graph_lift import Lifted
 from opreg.graph_ops import value_of
-from opreg.graph_plan import Piece
 from opreg.graph_report import Report
 
 log = logging.getLogger("opreg")
-OPTIONS = ("inner", "split_on")
+OPTIONS = ("inner", "split_on", "sizes", "ranges")
 _REPORTS: deque[Report] = deque(maxlen=64)
 
 
@@ -51,7 +51,10 @@ def opreg_backend(gm: GraphModule, example_inputs: Sequence[Any], options: Mappi
 
     options: "inner" is what compiles a piece: "inductor" (default), "aot_eager", "eager", the name of any other Dynamo
         backend, or a function (gm, example_inputs) -> callable. "split_on" is what split_graph splits at; default
-        splitting_ops().
+        splitting_ops(). "sizes" is a list of sizes, and "ranges" a list of pairs (first, last), to compile every piece
+        for besides the general case, where the graph has dynamic sizes; with several of those, a mapping from what the
+        size is called, "x.size(0)", to such a list. The most special variant that fits is run; a graph without dynamic
+        sizes has no variants.
     Raises BackendError for an option that does not exist, UnknownOpError for an op that does not."""
     chosen = dict(options or {})
     for key in chosen:
@@ -64,23 +67,41 @@ def opreg_backend(gm: GraphModule, example_inputs: Sequence[Any], options: Mappi
     compiler = _inner_compiler(inner)
     mode = _ensure_values(gm, example_inputs)
     split = split_graph(gm, on=chosen.get("split_on"), lift=True)
+    try:
+        variants = plan_variants(split, chosen.get("sizes"), chosen.get("ranges"))
+    except SizeError as error:
+        raise BackendError(f'torch.compile(backend="opreg"): {error}') from None
     report = split.report()
     report.inner = inner if isinstance(inner, str) else getattr(inner, "__name__", repr(inner))
     _REPORTS.append(report)
     log.info("%s", report.summary())
-    _compile_pieces(split, report, compiler, mode)
+    unsure = _given_by_ops(split)
+
+    def compile_one(index: int, module: GraphModule, values: list[Any]) -> Callable[..., Any]:
+        if compiler is compile_piece:
+            return compile_piece(module, values, checked=index not in unsure)
+        run: Callable[..., Any] = compiler(module, values)
+        return run
+
+    _compile_pieces(split, report, compile_one, mode)
+    run = _compile_variants(split, report, compile_one, mode, variants) if variants else split.function()
     for note in report.notes:
         log.warning("%s", note)
-    return split.function()
+    return run
 
 
-def _inner_compiler(inner: Any) -> Callable[..., Any] | None:
-    """The function that compiles one piece, or None to run pieces as they are."""
+def _as_it_is(module: GraphModule, values: Sequence[Any]) -> Callable[..., Any]:
+    run: Callable[..., Any] = module.forward
+    return run
+
+
+def _inner_compiler(inner: Any) -> Callable[..., Any]:
+    """The function (module, values) -> callable that compiles one piece."""
     if callable(inner):
         made: Callable[..., Any] = inner
         return made
     if inner == "eager":
-        return None
+        return _as_it_is
     if inner == "inductor":
         return compile_piece
     from torch._dynamo.backends.registry import list_backends, lookup_backend
@@ -110,38 +131,48 @@ def _ensure_values(gm: GraphModule, example_inputs: Sequence[Any]) -> FakeTensor
     return mode
 
 
-def _inputs_are_checked(split: SplitGraph, first: Piece) -> bool:
-    """Whether no like piece takes what a splitting op returned, which may differ from what the op's fake promised."""
-    likes = [p for p in split.pieces if split.same[p.index] == first.index]
-    homes = {split.plan.piece_of.get(n) for p in likes for n in p.inputs if not isinstance(n, Lifted)}
-    return not any(home is not None and split.pieces[home].split for home in homes)
+def _given_by_ops(split: SplitGraph) -> set[int]:
+    """Distinct pieces that take, somewhere, what a splitting op returned: it may differ from what the fake promised."""
+    found: set[int] = set()
+    for piece in split.pieces:
+        for node in piece.inputs:
+            home = None if isinstance(node, Lifted) else split.plan.piece_of.get(node)
+            if home is not None and split.pieces[home].split:
+                found.add(split.same[piece.index])
+    return found
 
 
-def _compile_pieces(
-    split: SplitGraph, report: Report, compiler: Callable[..., Any] | None, mode: FakeTensorMode | None
-) -> None:
-    if compiler is None:
-        for index, module in split.modules.items():
-            split.use(index, module.forward)
-        return
+def _compile_pieces(split: SplitGraph, report: Report, compile_one: Compile, mode: FakeTensorMode | None) -> None:
+    likes = Counter(split.same)
     for done, (index, module) in enumerate(split.modules.items(), 1):
-        piece = split.pieces[index]
         start = time.perf_counter()
-        values = [value_of(n) for n in module.graph.nodes if n.op == "placeholder"]
         # Each piece has a context of its own: AOTAutograd leaves facts about the graph it compiled in it (fw_metadata,
         # params_flat), and those of one piece must not reach the next. Guards on sizes live in the shared shape env.
         with tracing(TracingContext(mode)):
-            if compiler is compile_piece:
-                split.use(index, compile_piece(module, values, checked=_inputs_are_checked(split, piece)))
-            else:
-                split.use(index, compiler(module, values))
+            values = [value_of(n) for n in module.graph.nodes if n.op == "placeholder"]
+            split.use(index, compile_one(index, module, values))
         report.seconds[index] = time.perf_counter() - start
         log.info(
             "compiled piece %d (%d of %d, %d ops, runs %d times) in %.2f s",
             index,
             done,
             len(split.modules),
-            len(piece.nodes),
-            split.same.count(index),
+            len(split.pieces[index].nodes),
+            likes[index],
             report.seconds[index],
         )
+
+
+def _compile_variants(
+    split: SplitGraph, report: Report, compile_one: Compile, mode: FakeTensorMode | None, variants: list[Variant]
+) -> Callable[..., Any]:
+    made: list[tuple[Variant, Callable[..., Any]]] = []
+    for variant in variants:
+        start = time.perf_counter()
+        with tracing(TracingContext(mode)):
+            run, notes = compile_variant(split, variant, compile_one)
+        made.append((variant, run))
+        report.notes += tuple(notes)
+        report.variants += (variant.text,)
+        log.info("compiled for %s in %.2f s", variant.text, time.perf_counter() - start)
+    return dispatch(split, made)

@@ -54,6 +54,17 @@ class SplitGraph:
         """All pieces, in the order they run."""
         return self.plan.pieces
 
+    def build(self, index: int) -> GraphModule:
+        """A new module for piece `index`; compilers own and change the modules they are given."""
+        return build_piece(self.keys, self.pieces[index], self.root)
+
+    def function_with(self, runs: dict[int, Callable[..., Any]]) -> Callable[..., Any]:
+        """A function of its own with `runs` in place of some distinct pieces."""
+        every = {
+            p.index: runs.get(self.same[p.index], self._runs[self.same[p.index]]) for p in self.pieces if not p.split
+        }
+        return Stitcher(self.plan, self.keys, self.root).function(every)
+
     def build_all(self) -> dict[int, GraphModule]:
         """A module for every piece that is not splitting, for tools that want them apart."""
         return {p.index: build_piece(self.keys, p, self.root) for p in self.pieces if not p.split}
@@ -66,8 +77,7 @@ class SplitGraph:
     def function(self) -> Callable[..., Any]:
         """The generated function that runs the pieces."""
         if self._function is None:
-            runs = {p.index: self._runs[self.same[p.index]] for p in self.pieces if not p.split}
-            self._function = Stitcher(self.plan, self.keys, self.root).function(runs)
+            self._function = self.function_with({})
         return self._function
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -38,6 +38,7 @@ class Report:
     notes: tuple[str, ...] = ()
     lifted: tuple[str, ...] = ()
     inner: str = ""
+    variants: tuple[str, ...] = ()
     seconds: dict[int, float] = field(default_factory=dict)
 
     @property
@@ -73,6 +74,7 @@ class Report:
             "notes": list(self.notes),
             "lifted": list(self.lifted),
             "inner": self.inner,
+            "variants": list(self.variants),
         }
 
     def summary(self) -> str:
@@ -94,6 +96,7 @@ class Report:
                 tail = f"{tail}  {self.seconds[p.index]:.2f} s".strip()
             line = f"{p.index:4d} {what} {len(p.ops):3d} ops  {' '.join(ops)}"
             lines.append(f"{line}  ({tail})" if tail else line)
+        lines += [f"also compiled for {v}" for v in self.variants]
         lines += [f"made an input: {n}" for n in self.lifted]
         lines += [f"note: {n}" for n in self.notes]
         lines += [f"note: nothing to split at '{n}' in this graph" for n in self.unmatched]

@@ -161,7 +161,7 @@ class Expert(nn.Module):
         return x + torch.ops.opreg_backend.core(y, y, y)
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_names_inside_pieces_become_inputs(inner: str) -> None:
     model, x = nn.Sequential(*(Expert(i) for i in range(8))), torch.randn(5, 8)

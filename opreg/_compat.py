@@ -19,7 +19,7 @@ def torch_version() -> tuple[int, int]:
 
 
 def trace_instead(fn: F, body: Callable[..., Any]) -> F:
-    """Make Dynamo trace `body` wherever it meets `fn`: as a call in a traced function, or given to torch.compile itself.
+    """Make Dynamo trace `body` wherever it meets `fn`: called in a traced function, or given to torch.compile itself.
 
     These attributes are private but unchanged from torch 2.1 to 2.13. torch._dynamo.substitute_in_graph would say the
     same, but importing torch._dynamo costs 1.5 s at registration.
@@ -35,3 +35,21 @@ def constant_under_dynamo(fn: F) -> F:
     """torch.compiler.assume_constant_result without its import of torch._dynamo (1.5 s)."""
     fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return fn
+
+
+def identity_under_dynamo(ctx: Any, name: str) -> Any:
+    """The object behind a local of the frame that Dynamo traces, and a guard that it stays this very object.
+
+    `ctx` is what torch._dynamo.comptime.comptime hands to its function. Without the guard Dynamo takes two functions of
+    the same code for one, whatever their closures hold; `id(fn)` guards from torch 2.11 on only.
+    """
+    from torch._dynamo.guards import GuardBuilder, install_guard
+
+    variable = ctx.get_local(name)._ComptimeVar__variable.realize()
+    if variable.source is not None:
+        install_guard(variable.source.make_guard(GuardBuilder.ID_MATCH))
+    if hasattr(variable, "value"):
+        return variable.value
+    if hasattr(variable, "get_function"):
+        return variable.get_function()  # torch 2.8 and 2.9 do not call a function made in the frame a constant
+    return variable.as_python_constant()

@@ -49,7 +49,8 @@ def interleave(
     """
     for run in alternatives.values():
         run()
-    order, samples = list(alternatives), {name: [] for name in alternatives}
+    order = list(alternatives)
+    samples: dict[str, list[float]] = {name: [] for name in alternatives}
     shuffle = random.Random(seed)
     start = time.perf_counter()
     while len(samples[order[0]]) < rounds or time.perf_counter() - start < seconds:

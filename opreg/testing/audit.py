@@ -58,7 +58,7 @@ class WriteMode(TorchDispatchMode):
     """Records writes to and reads from the storages in `known`, and writes to others that the call did not make."""
 
     def __init__(self, known: set[int], allowed: set[int]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.known = known
         self.allowed = allowed
         self.fresh: dict[int, torch.UntypedStorage] = {}  # kept alive, so that no address is used twice
@@ -127,7 +127,7 @@ class Audit:
 
 
 def _bytes(storage: torch.UntypedStorage, device: torch.device) -> torch.Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)  # type: ignore[call-overload,no-any-return]
+    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
 
 
 def _elements(tensor: torch.Tensor) -> torch.Tensor:

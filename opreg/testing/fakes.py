@@ -188,7 +188,7 @@ def check_pinned(op: Op[Any, Any], fn: Callable[..., Any], call: Call, what: str
             DimDynamic.DYNAMIC if row and size > 1 else DimDynamic.STATIC
             for size, row in zip(value.shape, rows, strict=True)
         ]
-        context = StatelessSymbolicContext(dynamic_sizes=sizes)
+        context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
         args.append(mode.from_tensor(value.detach(), symbolic_context=context, source=ConstantSource(f"a{index}")))
     try:
         with mode, torch.no_grad():
@@ -201,7 +201,7 @@ def check_pinned(op: Op[Any, Any], fn: Callable[..., Any], call: Call, what: str
             continue
         sides = expression.args
         if any(side.is_number for side in sides) and any(side.is_Symbol for side in sides):
-            location = guard.sloc.framework_loc
+            location: Any = guard.sloc.framework_loc
             where = "an unknown line" if location is None else user_line(traceback.StackSummary.from_list([location]))
             return (
                 f"{what} turns a symbolic size into the number {sides[1]} at {where}: each size compiles anew; "

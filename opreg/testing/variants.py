@@ -160,7 +160,7 @@ def _make(
     optional: bool,
     numbers: tuple[int, ...],
 ) -> tuple[Any, ...] | None:
-    sizes: dict[str, Any] = {}
+    sizes: dict[str, int] = {}
     made: list[Any] = []
 
     def size_of(name: str) -> int:

@@ -94,10 +94,10 @@ def default_blocks(shape: CacheShape, q_dtype: Any, kv_dtype: Any, chip: str, la
     tokens, kv = 256, 512
     while True:
         blocks = Blocks(tokens, min(32, tokens), kv, kv, limit)
-        if vmem_bytes(blocks, shape, q_dtype, kv_dtype) <= limit or (tokens, kv) == (16, 128):
+        if vmem_bytes(blocks, shape, q_dtype, kv_dtype) <= limit or (tokens, kv) == (16, 32):
             return blocks
         # Rows and pages in turn, so that a tile stays near square.
-        if tokens > 16 and (tokens * 2 >= kv or kv == 128):
+        if tokens > 16 and (tokens * 2 >= kv or kv == 32):
             tokens //= 2
         else:
             kv //= 2

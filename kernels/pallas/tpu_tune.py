@@ -99,12 +99,16 @@ def note(text: str) -> None:
 
 
 def parse_shape(text: str) -> Problem:
-    """'32/8x128:HND' or '32/8x128:NHD:int8' as a problem."""
-    heads, _, rest = text.partition("x")
-    head_dim, layout, kv_dtype = (rest.split(":") + ["HND", "bfloat16"][max(0, rest.count(":")) :])[:3]
+    """'32/8x128', '32/8x128:NHD' or '32/8x128:NHD:int8' as a problem."""
+    sizes, *rest = text.split(":")
+    heads, head_dim = sizes.split("x")
     query_heads, kv_heads = heads.split("/")
     return Problem(
-        query_heads=int(query_heads), kv_heads=int(kv_heads), head_dim=int(head_dim), layout=layout, kv_dtype=kv_dtype
+        query_heads=int(query_heads),
+        kv_heads=int(kv_heads),
+        head_dim=int(head_dim),
+        layout=rest[0] if rest else "HND",
+        kv_dtype=rest[1] if len(rest) > 1 else "bfloat16",
     )
 
 

@@ -160,11 +160,12 @@ def _make(
     optional: bool,
     numbers: tuple[int, ...],
 ) -> tuple[Any, ...] | None:
-    sizes: dict[str, int] = {}
+    sizes: dict[str, Any] = {}
     made: list[Any] = []
 
     def size_of(name: str) -> int:
-        return sizes.setdefault(name, numbers[len(sizes) % len(numbers)])
+        size: int = sizes.setdefault(name, numbers[len(sizes) % len(numbers)])
+        return size
 
     for arg in op.spec.args:
         if arg.type in ("SymInt", "SymInt?", "int") and arg.default is _required() and arg.choices is None:

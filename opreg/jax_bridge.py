@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import threading
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._functorch import peek_interpreter_stack
 
-from ._compat import constant_under_dynamo, trace_instead
+from ._compat import constant_under_dynamo, identity_under_dynamo, trace_instead
 from .jax_bridge_arrays import JaxArgumentError, check_tensor, from_foreign, runtime
 from .jax_bridge_executors import execute, plain_views, run_plain
 from .jax_bridge_export import EXPORTED, carry
@@ -55,6 +56,7 @@ def call_jax(fn: Callable[..., Any], args: Sequence[Any] = (), kwargs: Mapping[s
 
     fn: a function of JAX arrays, traced by jax.jit once per structure, static values, shapes and dtypes. Define it
         once: a new function object (a lambda in a loop) is traced anew, and forgotten when it dies.
+        What it reads from globals and closures it reads when it is traced, as under jax.jit.
     args, kwargs: any pytrees. Tensors (all on one device), numpy arrays, JAX arrays and JAX random keys are operands.
         Every other leaf (None, bool, int, float, str, enum, dtype, frozen dataclass, …) is static: part of the cache
         key, type included.
@@ -159,10 +161,26 @@ class _Operand:
         self.index = index
 
 
+_traced_now = threading.local()
+"""The function of the call that Dynamo is tracing: an object, for which constants have no room."""
+
+
+def _note_function(ctx: Any) -> None:
+    _traced_now.fn = identity_under_dynamo(ctx, "fn")
+
+
+def _note_method(ctx: Any) -> None:
+    _traced_now.fn = types.MethodType(identity_under_dynamo(ctx, "fn"), identity_under_dynamo(ctx, "owner"))
+
+
+def _note_value(ctx: Any) -> None:
+    identity_under_dynamo(ctx, "value")
+
+
 @constant_under_dynamo
-def _plan(owner: Any, fn: Any, described: tuple[Any, ...]) -> tuple[str, tuple[int, ...]]:
+def _plan(described: tuple[Any, ...]) -> tuple[str, tuple[int, ...]]:
     """The program's name and, for each of its operands, which tensor in the order of `_take_apart` it is."""
-    function = find_function(fn if owner is None else types.MethodType(fn, owner))
+    function = find_function(_traced_now.fn)
     function.pin()
     leaves, treedef = runtime().flatten(_put_together(described))
     order = tuple(leaf.index for leaf in leaves if isinstance(leaf, _Operand))
@@ -201,6 +219,8 @@ def _take_apart(value: Any, tensors: list[torch.Tensor]) -> tuple[Any, ...]:
         return ("operand", len(tensors) - 1)
     if kind is int:
         return ("static", operator.index(value))  # a symbolic integer becomes its number, with a guard
+    if isinstance(value, types.FunctionType):
+        torch._dynamo.comptime.comptime(_note_value)
     return ("static", value)
 
 
@@ -251,12 +271,13 @@ def _traced(fn: Callable[..., Any], args: Sequence[Any] = (), kwargs: Mapping[st
         args = (*fn.args, *args)
         kwargs = {**fn.keywords, **kwargs}
         fn = fn.func
-    owner = None
     if isinstance(fn, types.MethodType):
-        owner = fn.__self__
-        fn = fn.__func__
+        owner, fn = fn.__self__, fn.__func__  # noqa: F841 - _note_method reads it
+        torch._dynamo.comptime.comptime(_note_method)
+    else:
+        torch._dynamo.comptime.comptime(_note_function)
     found: list[torch.Tensor] = []
-    name, order = _plan(owner, fn, _take_apart((tuple(args), dict(kwargs)), found))
+    name, order = _plan(_take_apart((tuple(args), dict(kwargs)), found))
     tensors = [found[index] for index in order] if order else [torch.empty(0)]
     results = OP(tensors, name)
     return _rebuild(_result(name), results)

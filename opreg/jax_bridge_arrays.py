@@ -69,6 +69,7 @@ class Runtime:
     enable_x64: Callable[[bool], AbstractContextManager[Any]]
     to_numpy_dtype: dict[torch.dtype, Any]
     to_torch_dtype: dict[Any, torch.dtype]
+    inconclusive: type[Exception]
     plain_dtypes: frozenset[Any]
     dlpack_dtypes: frozenset[Any]
     cpu: Any
@@ -104,6 +105,9 @@ def runtime() -> Runtime:
         enable_x64=enable_x64,
         to_numpy_dtype=to_numpy,
         to_torch_dtype={numpy_dtype: dtype for dtype, numpy_dtype in to_numpy.items()},
+        # jax.core before jax 0.8.
+        inconclusive=getattr(jax.errors, "InconclusiveDimensionOperation", None)
+        or importlib.import_module("jax.core").InconclusiveDimensionOperation,
         plain_dtypes=frozenset(to_numpy[dtype] for dtype in PLAIN),
         # 8-bit floats are not DLPack types on every version of the two sides.
         dlpack_dtypes=frozenset(to_numpy[dtype] for dtype in (*_DIRECT, torch.bfloat16)),

@@ -73,7 +73,7 @@ def infer(program: Program, tensors: Sequence[torch.Tensor]) -> tuple[Signature,
     symbols = _Symbols(inputs)
     try:
         return signature(program, symbols.inputs(), tuple(symbols.bounds)), symbols.values
-    except (TypeError, ValueError, runtime().jax.errors.InconclusiveDimensionOperation) as reason:
+    except (TypeError, ValueError, runtime().inconclusive) as reason:
         log.info("call_jax(%s): sizes become numbers, one graph each: %s", program.function.label, reason)
         return signature(program, [(_numbers(program, shape, reason), dtype) for shape, dtype in inputs]), {}
 

@@ -157,6 +157,29 @@ def test_static_values_are_told_apart_by_type_in_graphs_too():
     assert [compiled(x, v).dtype for v in (1, 1.0, True)] == [run(x, v).dtype for v in (1, 1.0, True)]
 
 
+def make_scale(factor):
+    return lambda x, _=None: x * factor
+
+
+held = {"fn": make_scale(2), "jitted": jax.jit(make_scale(2)), "method": Layer(2), "static": make_scale(2)}
+CHANGES = {
+    "fn": (lambda x: opreg.call_jax(held["fn"], (x,)), lambda: make_scale(3)),
+    "jitted": (lambda x: opreg.call_jax(held["jitted"], (x,)), lambda: jax.jit(make_scale(3))),
+    "method": (lambda x: opreg.call_jax(held["method"].apply, (x,)), lambda: Layer(3)),
+    "static": (lambda x: opreg.call_jax(lambda a, f: f(a), (x, held["static"])), lambda: make_scale(3)),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_another_function_of_the_same_code_is_another_function(name, monkeypatch):
+    call, make = CHANGES[name]
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="eager")
+    assert compiled(torch.ones(1)).item() == 2
+    monkeypatch.setitem(held, name, make())
+    assert compiled(torch.ones(1)).item() == 3
+
+
 def test_gradients_through_inductor():
     def model(x, w):
         return (opreg.call_jax(lambda a, b: jnp.tanh(a @ b), (x, w)) * 2).sum()

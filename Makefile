@@ -11,7 +11,7 @@ PIP_FLAGS ?=
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test lint lanes lane-xla lane-ipex lane-tpu-aot lane-triton lane-transformers lane-slow clean
+.PHONY: demo test lint lanes print-lanes lane-xla lane-ipex lane-tpu_aot lane-triton lane-transformers lane-slow clean
 
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 ifeq ($(filter 3.10 3.11 3.12,$(VERSION)),)
@@ -23,7 +23,7 @@ STAMP := installed-$(VERSION)
 # $(call environment,folder,dependency group): a virtual environment with opreg (editable) and the pinned group.
 define environment
 	@echo "== setting up $(1) (Python $(VERSION), dependency group '$(2)' of pyproject.toml)"
-	if [ -x $(1)/bin/python ] && $(1)/bin/python -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] != "$(VERSION)")'; \
+	@if [ -x $(1)/bin/python ] && $(1)/bin/python -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] != "$(VERSION)")'; \
 	then echo "   found $(1)"; else $(PYTHON) -m venv --clear $(1); fi
 	$(1)/bin/python -m pip install -q --disable-pip-version-check pip==25.3
 	$(1)/bin/python -m pip install -q $(PIP_FLAGS) -e . --group $(2)
@@ -33,7 +33,7 @@ demo: .venv/$(STAMP)
 	.venv/bin/python examples/05_serve_qwen3_next.py
 
 test: .venv/$(STAMP)
-	.venv/bin/python -m pytest
+	.venv/bin/pytest
 
 lint: .venv/lint-$(STAMP)
 	.venv/bin/python -m ruff check .
@@ -44,29 +44,34 @@ lint: .venv/lint-$(STAMP)
 	.venv/bin/python -m pip install -q --no-deps --no-build-isolation --target build/typed .
 	cd build/typed && MYPYPATH=. ../../.venv/bin/python -m mypy --config-file ../../pyproject.toml -p opreg
 
-lanes: lane-transformers lane-slow lane-triton lane-tpu-aot lane-ipex lane-xla
+# Every folder of tests/lanes is a lane with an environment `.venv-NAME` and a dependency group `lane-NAME`.
+LANES := lane-transformers lane-slow $(patsubst tests/lanes/%/,lane-%,$(sort $(wildcard tests/lanes/*/)))
+lanes: $(LANES)
+
+print-lanes:
+	@echo $(LANES)
 
 # The core's own tests, for the other torch versions: all of tests/ but what needs jax, transformers or a build.
-CORE := $(filter-out tests/test_jax% tests/test_packaging.py tests/test_plugins.py tests/test_readme.py, \
-	$(sort $(wildcard tests/test_*.py))) tests/ops
+CORE := $(filter-out tests/test_jax% tests/test_packaging.py tests/test_plugins.py tests/test_readme.py \
+	tests/test_examples_serving.py, $(sort $(wildcard tests/test_*.py))) tests/ops
 
 lane-transformers: .venv/$(STAMP)
-	.venv/bin/python -m pytest tests/kernels/test_gdn_transformers.py $(wildcard tests/lanes/transformers)
+	.venv/bin/pytest tests/kernels/test_gdn_transformers.py $(wildcard tests/test_examples_serving.py)
 
 lane-slow: .venv/$(STAMP)
-	.venv/bin/python -m pytest -m slow
+	.venv/bin/pytest -m slow
 
 lane-triton: .venv-triton/$(STAMP)
-	.venv-triton/bin/python -m pytest tests/lanes/triton
+	TRITON_INTERPRET=1 .venv-triton/bin/pytest tests/lanes/triton
 
-lane-tpu-aot: .venv-tpu-aot/$(STAMP)
-	TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu .venv-tpu-aot/bin/python -m pytest tests/lanes/tpu_aot
+lane-tpu_aot: .venv-tpu_aot/$(STAMP)
+	TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu .venv-tpu_aot/bin/pytest tests/lanes/tpu_aot
 
 lane-ipex: .venv-ipex/$(STAMP)
-	.venv-ipex/bin/python -m pytest $(CORE) tests/lanes/ipex
+	.venv-ipex/bin/pytest $(CORE) tests/lanes/ipex
 
 lane-xla: .venv-xla/$(STAMP)
-	PJRT_DEVICE=CPU .venv-xla/bin/python -m pytest $(CORE) tests/lanes/xla
+	PJRT_DEVICE=CPU .venv-xla/bin/pytest $(CORE) tests/lanes/xla
 
 .venv/$(STAMP): pyproject.toml
 	$(call environment,.venv,test)

@@ -90,6 +90,15 @@ for _op, _suffix in ((ragged_paged_attention, ""), (ragged_paged_attention_lse, 
     _op.tolerance(torch.bfloat16, 2e-2, "inputs and output are rounded to 8 bits, weights may be too")
     _op.tolerance(torch.float16, 2e-3, "inputs and output are rounded to 11 bits, weights may be too")
 
+# Below the C++ kernel, which is faster and takes everything; it serves where there is no compiler.
+ragged_paged_attention.register_kernel(
+    "cpu",
+    "opreg.kernels.cpu.rpa_ipex:rpa_ipex",
+    requires="intel_extension_for_pytorch",
+    why_not="opreg.kernels.cpu.rpa_ipex:why_not",
+    priority=-10,
+)
+
 
 def _inputs(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[dict[str, Any]]:
     lengths = [(5, 18), (1, 29), (0, 9), (20, 40), (1, 16), (3, 3)]

@@ -52,8 +52,8 @@ print-lanes:
 	@echo $(LANES)
 
 # The core's own tests, for the other torch versions: all of tests/ but what needs jax, transformers or a build.
-CORE := $(filter-out tests/test_jax% tests/test_packaging.py tests/test_plugins.py tests/test_readme.py \
-	tests/test_examples_serving.py, $(sort $(wildcard tests/test_*.py))) tests/ops
+CORE := $(filter-out tests/test_packaging.py tests/test_plugins.py tests/test_readme.py, \
+	$(sort $(wildcard tests/test_*.py))) tests/ops
 
 lane-transformers: .venv/$(STAMP)
 	.venv/bin/pytest tests/kernels/test_gdn_transformers.py $(wildcard tests/test_examples_serving.py)

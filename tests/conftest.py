@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -13,14 +14,13 @@ for _name in [name for name in os.environ if name.startswith("OPREG_") and name 
     del os.environ[_name]
 
 
-def _imports_jax(path: Path) -> bool:
-    """Whether a test file imports jax, or a Pallas kernel, at its top level."""
+def _top_level_imports(path: Path) -> set[str]:
+    """Packages that a test file imports at its top level; a Pallas kernel stands for jax, which it imports."""
+    names: set[str] = set()
     for node in ast.parse(path.read_text()).body:
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        if any(name.split(".")[0] == "jax" or name.startswith("opreg.kernels.pallas") for name in names):
-            return True
-    return False
+        names |= {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
+        names |= {node.module or ""} if isinstance(node, ast.ImportFrom) else set()
+    return {"jax" if name.startswith("opreg.kernels.pallas") else name.partition(".")[0] for name in names}
 
 
 # `python -m pytest` puts the checkout on sys.path, and its folder `kernels` then stands where other packages (such as
@@ -28,15 +28,21 @@ def _imports_jax(path: Path) -> bool:
 _HERE = Path(__file__).parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != _HERE.parent]
 
-# Python 3.10 has no jax that opreg supports (0.7.1 and later need 3.11), so these files cannot run there at all.
-_WITHOUT_JAX = [] if importlib.util.find_spec("jax") else [p for p in _HERE.rglob("test_*.py") if _imports_jax(p)]
-collect_ignore = [str(path) for path in _WITHOUT_JAX]
+# Python 3.10 has no jax that opreg supports (0.7.1 and later need 3.11), and lanes with an older torch have not every
+# package. Files that import what is absent are left out there, and named in the header. In the main environment an
+# absent package is an error.
+_MAY_LACK = sys.version_info < (3, 11) or not version("torch").startswith("2.13.")
+_ABSENT = {name for name in ("jax", "transformers") if _MAY_LACK and not importlib.util.find_spec(name)}
+_LEFT_OUT = [path for path in _HERE.rglob("test_*.py") if _ABSENT and _ABSENT & _top_level_imports(path)]
+collect_ignore = [str(path) for path in _LEFT_OUT]
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     import torch
 
     lines = [f"torch {torch.__version__}, {torch.get_num_threads()} threads"]
-    if _WITHOUT_JAX:
-        lines.append(f"no jax here, so left out: {', '.join(sorted(p.name for p in _WITHOUT_JAX))}")
+    if _LEFT_OUT:
+        lines.append(
+            f"no {' and no '.join(sorted(_ABSENT))} here: {', '.join(sorted(p.name for p in _LEFT_OUT))} left out"
+        )
     return lines

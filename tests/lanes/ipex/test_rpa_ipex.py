@@ -22,14 +22,8 @@ def test_against_torch(
     dtype: torch.dtype, heads: tuple[int, int], head_dim: int, page_size: int, soft_cap: float | None
 ) -> None:
     batch = make_batch(LENGTHS, dtype=dtype, kv_layout="HND", heads=heads, head_dim=head_dim, page_size=page_size)
-    options: dict[str, Any] = {
-        "kv_layout": "HND",
     options: dict[str, Any] = {"kv_layout": "HND", "sm_scale": 0.2, "k_scale": 0.5, "v_scale": 2.0}
     options["soft_cap"] = soft_cap
-        "soft_cap": soft_cap,
-        "k_scale": 0.5,
-        "v_scale": 2.0,
-    }
     want = rpa_torch.rpa_torch(*batch, **options)
     got = rpa_ipex.rpa_ipex(*batch, **options)
     assert (got.double() - want.double()).norm() <= LIMITS[dtype] * want.double().norm()

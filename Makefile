@@ -51,9 +51,8 @@ lanes: $(LANES)
 print-lanes:
 	@echo $(LANES)
 
-# The core's own tests, for the other torch versions: all of tests/ but what needs jax, transformers or a build.
-CORE := $(filter-out tests/test_packaging.py tests/test_plugins.py tests/test_readme.py, \
-	$(sort $(wildcard tests/test_*.py))) tests/ops
+# The same tests on the other torch versions: all but those of the package and of the command as a process.
+SAME := tests --ignore=tests/test_packaging.py --ignore=tests/test_plugins.py --ignore=tests/test_readme.py
 
 lane-transformers: .venv/$(STAMP)
 	.venv/bin/pytest tests/kernels/test_gdn_transformers.py $(wildcard tests/test_examples_serving.py)
@@ -68,10 +67,10 @@ lane-tpu_aot: .venv-tpu_aot/$(STAMP)
 	TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu .venv-tpu_aot/bin/pytest tests/lanes/tpu_aot
 
 lane-ipex: .venv-ipex/$(STAMP)
-	.venv-ipex/bin/pytest $(CORE) tests/lanes/ipex
+	.venv-ipex/bin/pytest $(SAME) tests/lanes/ipex
 
 lane-xla: .venv-xla/$(STAMP)
-	PJRT_DEVICE=CPU .venv-xla/bin/pytest $(CORE) tests/lanes/xla
+	PJRT_DEVICE=CPU .venv-xla/bin/pytest $(SAME) tests/lanes/xla
 
 .venv/$(STAMP): pyproject.toml
 	$(call environment,.venv,test)

@@ -6,6 +6,7 @@ forward context. Every figure is a ratio beside its baseline; absolute times mov
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -82,12 +83,14 @@ def _torch_ways(name: str, fn: Callable[..., Any], mutates: tuple[str, ...], sch
     """The same function as define+impl and as custom_op."""
     from . import library
 
+    def fake(*args: Any) -> Any:
+        return None if mutates else torch.empty(4)
+
     qualname = f"opreg_bench_lib::{name}"
     overload = library.define(qualname, schema)
     library.implement(qualname, fn, "CPU")
-    library.fake(qualname, lambda *args: None if mutates else torch.empty(4))
-    custom = torch.library.custom_op(f"opreg_bench_custom::{name}", fn, mutates_args=mutates)
-    custom.register_fake(lambda *args: None if mutates else torch.empty(4))
+    library.fake(qualname, fake)
+    custom = library.custom_op(f"opreg_bench_custom::{name}", fn, mutates, fake)
     return {"define+impl": overload, "custom_op": custom}
 
 
@@ -102,7 +105,6 @@ def _ways(index: int) -> tuple[dict[str, Any], str]:
 
 def _fake_like(fn: Callable[..., Any], mutates: tuple[str, ...]) -> Callable[..., Any]:
     """A fake with the op's own parameters, as register_fake wants it."""
-    import inspect
 
     def fake(*args: Any) -> Any:
         return None if mutates else torch.empty(4)
@@ -177,6 +179,8 @@ def registration(count: int = 60) -> Iterator[Row]:
     """Registering one op with its fake."""
     from . import library
 
+    signature = inspect.signature(_registered, eval_str=True)
+
     def opreg() -> None:
         for _ in range(count):
             register_op(f"opreg_bench::reg_{next(_serial)}")(_registered)
@@ -184,15 +188,13 @@ def registration(count: int = 60) -> Iterator[Row]:
     def vllm_style() -> None:
         for _ in range(count):
             qualname = f"opreg_bench_lib::reg_{next(_serial)}"
-            schema = torch.library.infer_schema(_registered, mutates_args=())
-            library.define(qualname, schema)
+            library.define(qualname, library.infer_schema(signature, ()))
             library.implement(qualname, _registered, "CPU")
             library.fake(qualname, _registered)
 
     def custom_op() -> None:
         for _ in range(count):
-            op = torch.library.custom_op(f"opreg_bench_custom::reg_{next(_serial)}", _registered, mutates_args=())
-            op.register_fake(_registered)
+            library.custom_op(f"opreg_bench_custom::reg_{next(_serial)}", _registered, (), _registered)
 
     ways = {"opreg": opreg, "define+impl": vllm_style, "custom_op": custom_op}
     timings = interleave(ways, seconds=0.5, rounds=5, clock=time.thread_time)

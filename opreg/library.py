@@ -85,6 +85,15 @@ def infer_schema(signature: inspect.Signature, mutates_args: Sequence[str]) -> s
         raise TypeError(str(error)) from None
 
 
+def custom_op(
+    qualname: str, fn: Callable[..., Any], mutates_args: Sequence[str], fake: Callable[..., Any]
+) -> torch.library.CustomOpDef:
+    """The same function as a torch.library.custom_op with a fake: what `opreg bench --framework` compares with."""
+    made = torch.library.custom_op(qualname, fn, mutates_args=tuple(mutates_args))
+    made.register_fake(fake)
+    return made
+
+
 def opcheck(op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, str]:
     """torch.library.opcheck, returning {test: 'SUCCESS' or the failure}."""
     results = torch.library.opcheck(op, args, kwargs, raise_exception=False)

@@ -20,21 +20,21 @@ KERNEL_KEYS = ["name", "devices", "priority", "state", "why"]
 def acme():
     """A package's ops: one with kernels that cannot run here, one attention op."""
 
-    @register_op("acme::scale")
-    def scale(x: torch.Tensor, by: float) -> torch.Tensor:
+    @register_op("acme::stretch")
+    def stretch(x: torch.Tensor, by: float) -> torch.Tensor:
         """Multiply by a number (Acme 2024, eq. 1)."""
         return x * by
 
-    scale.register_kernel("cpu", "acme.kernels.fast:scale", requires="acme_fast_math", priority=5)
-    scale.register_kernel("xpu", "acme.kernels.xpu:scale", requires="acme_xpu")
-    scale.register_kernel("cuda", "acme.kernels.tri:scale", priority=3)
+    stretch.register_kernel("cpu", "acme.kernels.fast:stretch", requires="acme_fast_math", priority=5)
+    stretch.register_kernel("xpu", "acme.kernels.xpu:stretch", requires="acme_xpu")
+    stretch.register_kernel("cuda", "acme.kernels.tri:stretch", priority=3)
 
     @register_op("acme::attend", mutates_args=("out",), kind="attention")
     def attend(x: torch.Tensor, out: torch.Tensor) -> None:
         out.copy_(x)
 
     yield
-    for name in ("acme::scale", "acme::attend"):
+    for name in ("acme::stretch", "acme::attend"):
         registry.discard(registry.get(name))
 
 
@@ -50,10 +50,10 @@ def line_of(text: str, start: str) -> str:
 def test_list_names_what_runs_and_why_no_better(capsys) -> None:
     text = out_of(capsys, "list")
     assert text.splitlines()[0].split() == ["OP", "KIND", "DEVICES", "HERE", "(cpu)", "NOTE"]
-    scale = line_of(text, "acme::scale")
-    assert scale.split(maxsplit=7) == [
-        *("acme::scale", "-", "cpu", "cuda", "xpu", "any", "reference"),
-        "fast/scale needs acme_fast_math",
+    stretch = line_of(text, "acme::stretch")
+    assert stretch.split(maxsplit=7) == [
+        *("acme::stretch", "-", "cpu", "cuda", "xpu", "any", "reference"),
+        "fast/stretch needs acme_fast_math",
     ]
     assert line_of(text, "acme::attend").split() == ["acme::attend", "attention", "any", "reference"]
     assert f"opreg {cli.__version__}" in text.splitlines()[-1]
@@ -71,14 +71,14 @@ def test_list_by_kind_and_names(capsys) -> None:
     names = out_of(capsys, "list", "--kind", "attention", "--names").split()
     assert "acme::attend" in names
     assert "opreg::gdn_attention_core" in names
-    assert "acme::scale" not in names
+    assert "acme::stretch" not in names
     assert names == [op.name for op in registry.all_ops() if op.spec.kind == "attention"]
 
 
 def test_list_for_another_device(capsys) -> None:
     text = out_of(capsys, "list", "--device", "cuda")
     assert "ON cuda" in text.splitlines()[0]
-    assert "tri/scale" in line_of(text, "acme::scale")
+    assert "tri/stretch" in line_of(text, "acme::stretch")
 
 
 def test_list_json_has_the_fixed_keys(capsys) -> None:
@@ -89,23 +89,23 @@ def test_list_json_has_the_fixed_keys(capsys) -> None:
         assert list(op) == OP_KEYS
         assert all(list(kernel) == KERNEL_KEYS for kernel in op["kernels"])
     ops = {op["name"]: op for op in facts["ops"]}
-    scale = ops["acme::scale"]
-    assert scale["schema"] == "(Tensor x, float by) -> Tensor"
-    assert (scale["kind"], scale["mutates"], scale["selected"]) == (None, [], "reference")
-    assert scale["devices"] == ["cpu", "cuda", "xpu", "any"]
-    assert [(k["name"], k["priority"], k["state"], k["why"]) for k in scale["kernels"]] == [
-        ("fast/scale", 5, "missing", "needs acme_fast_math"),
-        ("tri/scale", 3, "other device", ""),
-        ("xpu/scale", 0, "other device", "needs acme_xpu"),
+    stretch = ops["acme::stretch"]
+    assert stretch["schema"] == "(Tensor x, float by) -> Tensor"
+    assert (stretch["kind"], stretch["mutates"], stretch["selected"]) == (None, [], "reference")
+    assert stretch["devices"] == ["cpu", "cuda", "xpu", "any"]
+    assert [(k["name"], k["priority"], k["state"], k["why"]) for k in stretch["kernels"]] == [
+        ("fast/stretch", 5, "missing", "needs acme_fast_math"),
+        ("tri/stretch", 3, "other device", ""),
+        ("xpu/stretch", 0, "other device", "needs acme_xpu"),
         ("reference", -100, "used", ""),
     ]
-    assert scale["source"].startswith(__file__)
+    assert stretch["source"].startswith(__file__)
     assert (ops["acme::attend"]["kind"], ops["acme::attend"]["mutates"]) == ("attention", ["out"])
 
 
 def test_show_json_is_the_op_in_the_same_shape(capsys) -> None:
     listed = {op["name"]: op for op in json.loads(out_of(capsys, "list", "--json"))["ops"]}
-    assert json.loads(out_of(capsys, "show", "scale", "--json"))["ops"] == [listed["acme::scale"]]
+    assert json.loads(out_of(capsys, "show", "stretch", "--json"))["ops"] == [listed["acme::stretch"]]
 
 
 def test_show_prints_contract_and_kernels(capsys) -> None:
@@ -139,7 +139,7 @@ def test_show_doc_prints_the_whole_docstring(capsys) -> None:
     ("argv", "message"),
     [
         (("show", "rms_nrom"), "no op 'rms_nrom' is registered.*Did you mean 'opreg::rms_norm'?"),
-        (("show", "opreg::scale"), "no op 'opreg::scale' is registered.*Did you mean 'acme::scale'?"),
+        (("show", "opreg::stretch"), "no op 'opreg::stretch' is registered.*Did you mean 'acme::stretch'?"),
         (("list", "--device", "xpuu"), "--device: unknown device type 'xpuu'.*Did you mean 'xpu'?"),
         (("list", "--kind", "atention"), "--kind: no kind 'atention'; there is attention. Did you mean 'attention'?"),
     ],
@@ -154,13 +154,13 @@ def test_unknown_names_exit_2_with_the_nearest(capsys, argv, message) -> None:
 
 
 def test_ambiguous_short_names_exit_2(capsys) -> None:
-    @register_op("acme2::scale")
-    def scale(x: torch.Tensor) -> torch.Tensor:
+    @register_op("acme2::stretch")
+    def stretch(x: torch.Tensor) -> torch.Tensor:
         return x + 1
 
-    assert cli.main(("show", "scale")) == 2
-    assert "'scale' is ambiguous: acme::scale, acme2::scale" in capsys.readouterr().err
-    registry.discard(scale.op)
+    assert cli.main(("show", "stretch")) == 2
+    assert "'stretch' is ambiguous: acme::stretch, acme2::stretch" in capsys.readouterr().err
+    registry.discard(stretch.op)
 
 
 @pytest.mark.parametrize("argv", [(), ("lst",), ("show",), ("list", "--colour")])
@@ -180,24 +180,30 @@ def test_a_forced_kernel_shows(capsys, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("forced", "note"),
     [
-        ("acme::scale=fast/scale", "OPREG_KERNELS forces fast/scale, which cannot run here: needs acme_fast_math"),
-        ("acme::scale=tri/scale", "OPREG_KERNELS forces tri/scale, which cannot run here: it is for cuda, not cpu"),
-        ("acme::scale=refrence", "acme::scale has no kernel 'refrence'"),
-        ("acme::scale", "OPREG_KERNELS: 'acme::scale' is not of the form ns::op=kernel"),
-        ("scale=reference", "OPREG_KERNELS: 'scale=reference' is not of the form ns::op=kernel"),
+        (
+            "acme::stretch=fast/stretch",
+            "OPREG_KERNELS forces fast/stretch, which cannot run here: needs acme_fast_math",
+        ),
+        (
+            "acme::stretch=tri/stretch",
+            "OPREG_KERNELS forces tri/stretch, which cannot run here: it is for cuda, not cpu",
+        ),
+        ("acme::stretch=refrence", "acme::stretch has no kernel 'refrence'"),
+        ("acme::stretch", "OPREG_KERNELS: 'acme::stretch' is not of the form ns::op=kernel"),
+        ("stretch=reference", "OPREG_KERNELS: 'stretch=reference' is not of the form ns::op=kernel"),
     ],
 )
 def test_a_forced_kernel_that_cannot_run_fails_list_and_show(capsys, monkeypatch, forced, note) -> None:
     monkeypatch.setenv("OPREG_KERNELS", forced)
-    assert note in line_of(out_of(capsys, "list", code=1), "acme::scale")
-    assert note in out_of(capsys, "show", "acme::scale", code=1)
+    assert note in line_of(out_of(capsys, "list", code=1), "acme::stretch")
+    assert note in out_of(capsys, "show", "acme::stretch", code=1)
 
 
 def test_doctor_finds_nothing_wrong_here(capsys) -> None:
     text = out_of(capsys, "doctor")
     assert line_of(text, "torch ").split()[1:3] == [torch.__version__, "supported"]
     assert re.search(r"opreg +\d+ ops +\(opreg 0\.1\.0\)", line_of(text, "plug-ins"))
-    assert line_of(text, "acme_fast_math").split(maxsplit=3)[1:] == ["not", "installed", "off: fast/scale"]
+    assert line_of(text, "acme_fast_math").split(maxsplit=3)[1:] == ["not", "installed", "off: fast/stretch"]
     assert "no problems" in text
 
 

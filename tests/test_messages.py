@@ -59,7 +59,7 @@ def unknown_namespace() -> None:
     errors.UnknownOpError, "opreg::rms_norm has no kernel 'cpu/rmsnorm'", "reference", "Did you mean 'cpu/rms_norm'?"
 )
 def unknown_kernel() -> None:
-    use_kernel("rms_norm", "cpu/rmsnorm").__enter__()
+    use_kernel("opreg::rms_norm", "cpu/rmsnorm").__enter__()
 
 
 @mistake(errors.UnknownOpError, "opreg::rms_norm", "'gpu'", "known are cpu, cuda, xpu")
@@ -215,7 +215,7 @@ def forced_kernel_that_is_not_installed() -> None:
     before = op.kernels
     rms_norm.register_kernel("cpu", "acme.norm.acme:absent", requires="acme_rt", priority=9)
     try:
-        with use_kernel("rms_norm", "acme/absent"):
+        with use_kernel("opreg::rms_norm", "acme/absent"):
             rms_norm(X, W)
     finally:
         op.kernels = before

@@ -87,11 +87,12 @@ def infer_schema(signature: inspect.Signature, mutates_args: Sequence[str]) -> s
 
 def custom_op(
     qualname: str, fn: Callable[..., Any], mutates_args: Sequence[str], fake: Callable[..., Any]
-) -> torch.library.CustomOpDef:
+) -> Callable[..., Any]:
     """The same function as a torch.library.custom_op with a fake: what `opreg bench --framework` compares with."""
-    made = torch.library.custom_op(qualname, fn, mutates_args=tuple(mutates_args))
+    made: Any = torch.library.custom_op(qualname, fn, mutates_args=tuple(mutates_args))
     made.register_fake(fake)
-    return made
+    run: Callable[..., Any] = made
+    return run
 
 
 def opcheck(op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, str]:

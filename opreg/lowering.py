@@ -50,7 +50,7 @@ def _install(op: Op[..., Any]) -> None:
     lowering.make_fallback(overload, layout_constraint=lowering.tag_to_layout_constraint(tag), warn=False)
     symbol = "_opreg_" + op.name.replace("::", "_")
 
-    class DirectKernel(ir.FallbackKernel):  # type: ignore[misc]
+    class DirectKernel(ir.FallbackKernel):
         """A fallback kernel whose wrapper line names the op's Python function."""
 
         def codegen(self, wrapper: Any) -> None:

@@ -67,10 +67,12 @@ lane-tpu_aot: .venv-tpu_aot/$(STAMP)
 	TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu .venv-tpu_aot/bin/pytest tests/lanes/tpu_aot
 
 lane-ipex: .venv-ipex/$(STAMP)
-	.venv-ipex/bin/pytest $(SAME) tests/lanes/ipex
+	.venv-ipex/bin/pytest $(SAME)
+	.venv-ipex/bin/pytest tests/lanes/ipex
 
 lane-xla: .venv-xla/$(STAMP)
-	PJRT_DEVICE=CPU .venv-xla/bin/pytest $(SAME) tests/lanes/xla
+	PJRT_DEVICE=CPU .venv-xla/bin/pytest $(SAME)
+	PJRT_DEVICE=CPU .venv-xla/bin/pytest tests/lanes/xla
 
 .venv/$(STAMP): pyproject.toml
 	$(call environment,.venv,test)

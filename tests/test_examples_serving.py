@@ -25,7 +25,10 @@ def program() -> Iterator[ModuleType]:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the program does
     yield module
+    torch.set_num_threads(threads)
     sys.path.remove(str(EXAMPLES))
 
 
@@ -171,7 +174,7 @@ def test_a_wrong_token_is_noticed(program: ModuleType, capsys: pytest.CaptureFix
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(untouched, "one_by_one", lying)
         patch.setattr(torch, "compile", lambda step, backend, fullgraph: step)
-        patch.setattr(program, "show_graph", lambda run, graphs, report: None)
+        patch.setattr(program, "show_graph", lambda run, graphs, compiling, report: None)
         patch.setattr(program.opreg.backend, "last_report", lambda: None)
         assert program.main(["--quick"]) == 1
     assert "Tokens of r1 differ from the untouched model's." in capsys.readouterr().err

@@ -60,6 +60,13 @@ class Engine:
     ) -> None:
         self.step, self.layers, self.room = step, layers, room
 
+    def warm_up(self) -> float:
+        """Compile the step on a batch of zeros and give the seconds; with metadata None no cache is touched."""
+        start = time.perf_counter()
+        tokens = torch.zeros(self.room.token_budget, dtype=torch.int64)
+        self._step(tokens, tokens.clone(), torch.zeros(self.room.slots, dtype=torch.int64), None)
+        return time.perf_counter() - start
+
     def serve(self, requests: list[Request]) -> Run:
         """Run every request to its end; all are queued at once, and join as slots, pages and tokens allow."""
         scheduler = Scheduler(self.room)
@@ -84,13 +91,20 @@ class Engine:
         padding = [0] * (len(tokens) == 1)
         # The sampled rows are padded to the number of slots, which keeps that size fixed.
         padded_rows = rows + [0] * (self.room.slots - len(rows))
-        flat, where = torch.tensor(tokens + padding), torch.tensor(positions + padding)
-        for tensor in (flat, where):
+        sampled = self._step(
+            torch.tensor(tokens + padding),
+            torch.tensor(positions + padding),
+            torch.tensor(padded_rows),
+            self._metadata(chunks, ends),
+        )
+        return sampled[: len(rows)].tolist()
+
+    def _step(self, tokens: Tensor, positions: Tensor, rows: Tensor, metadata: dict[str, object] | None) -> Tensor:
+        for tensor in (tokens, positions):
             # One graph for every token count. (dynamic=True would also turn each norm's eps into an input.)
             torch._dynamo.mark_dynamic(tensor, 0)
-        with torch.inference_mode(), opreg.forward_context(layers=self.layers, metadata=self._metadata(chunks, ends)):
-            sampled = self.step(flat, where, torch.tensor(padded_rows))
-        return sampled[: len(rows)].tolist()
+        with torch.inference_mode(), opreg.forward_context(layers=self.layers, metadata=metadata):
+            return self.step(tokens, positions, rows)
 
     def _metadata(self, chunks: list[Chunk], ends: Tensor) -> dict[str, object]:
         starts = torch.cat([ends.new_zeros(1), ends]).to(torch.int32)

@@ -5,7 +5,16 @@ from __future__ import annotations
 import logging
 from types import TracebackType
 
+from opreg.ops import (
+    gdn_attention,
+    gdn_attention_core,
+    kv_cache_update,
+    paged_attention_core,
+    ragged_paged_attention,
+)
+
 LOG = logging.getLogger("opreg")
+OPS = (gdn_attention_core, gdn_attention, paged_attention_core, kv_cache_update, ragged_paged_attention)
 
 
 class KernelLog(logging.Handler):
@@ -18,11 +27,19 @@ class KernelLog(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.append(record.getMessage())
 
-    @property
-    def choices(self) -> list[tuple[str, str]]:
-        """(op, kernel) for every choice that was made, in the order of the first call."""
-        said = (line.split(" runs ") for line in self.lines if " runs " in line and line.startswith("opreg::"))
-        return [(op.split(" on ")[0], kernel) for op, kernel in said]
+    def kernels(self) -> list[tuple[str, str]]:
+        """(op, kernel) for each shipped op of the model. What was chosen before the log was read, explain() tells."""
+        rows = []
+        for op in OPS:
+            said = f"{op.name} on cpu runs "
+            ran = [line.removeprefix(said) for line in self.lines if line.startswith(said)]
+            selected = op.explain().selected
+            rows.append((op.name, ", ".join(ran) or (selected.name if selected else "none")))
+        return rows
+
+    def refusals(self) -> list[str]:
+        """Why a kernel did not take some call, if any did not."""
+        return [line for line in self.lines if " refused: " in line]
 
     def __enter__(self) -> KernelLog:
         self._level = LOG.level

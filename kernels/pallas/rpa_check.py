@@ -74,6 +74,8 @@ def check(
     if query_heads > 128:
         raise fail(f"q has {query_heads} heads; the kernel takes at most 128 (split the heads into two calls)")
     _check_tiles(kv_pages, kv_layout, page_size, combined)
+    if kv_layout == NHD and head_dim > 128 and head_dim % 128:
+        raise fail(f"NHD pages with head_dim {head_dim}: above 128 it must be a multiple of 128; use the HND layout")
     for name, array, dims in (
         ("kv_lens", kv_lens, 1),
         ("page_indices", page_indices, 2),

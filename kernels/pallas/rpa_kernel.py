@@ -31,7 +31,7 @@ def scratch_shapes(plan: Plan) -> list[Any]:
     return [
         pltpu.VMEM(reader.buffer_shape(plan.kv_per_block, plan.head_dim), reader.buffer_dtype),
         pltpu.SemaphoreType.DMA((2,)),
-        pltpu.VMEM((GROUP * plan.stage_stride, plan.head_dim), f32),
+        pltpu.VMEM((-(-plan.head_dim // 128), GROUP * plan.stage_stride, min(plan.head_dim, 128)), f32),
         pltpu.VMEM((plan.kv_heads, rows, plan.head_dim), plan.compute_dtype),
         pltpu.VMEM((plan.kv_heads, rows, 128), f32),
         pltpu.VMEM((plan.kv_heads, rows, 128), f32),
@@ -113,8 +113,8 @@ class Step(Batch):
         def one(i: Any, carry: Any) -> Any:
             # A page that does not exist would stop the chip; what is read for it is as meaningless as its number.
             page = jnp.clip(self.page_indices[entry + i], 0, self.kv_pages.shape[0] - 1)
-            source, target = self.pages.page_refs(self.kv_pages, self.buffer, page, slot, i, plan.page_size)
-            pltpu.make_async_copy(source, target, self.semaphores.at[slot]).start()
+            for source, target in self.pages.page_refs(self.kv_pages, self.buffer, page, slot, i, plan.page_size):
+                pltpu.make_async_copy(source, target, self.semaphores.at[slot]).start()
             return carry
 
         turn = min(UNROLL, plan.kv_per_block // plan.page_size)

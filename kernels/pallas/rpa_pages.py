@@ -34,8 +34,9 @@ class PageReader:
     """Buffer shapes and loads of one layout.
 
     HND pages are [2*heads, page_size, head_dim]; a buffer is [2, 2*heads, tokens, head_dim].
-    NHD pages are taken as [page_size*2*heads, head_dim]; a buffer is [2, tokens*2*heads, head_dim], and a head's rows
-    are every so-many-th of its 32-bit words (K and V of a 16-bit head share a word).
+    NHD pages are taken as [page_size*2*heads, head_dim]; a buffer is [2, columns, tokens*2*heads, 128 at most], and a
+    head's rows are every so-many-th of its 32-bit words (K and V of a 16-bit head share a word). Only rows one register
+    wide can be read with a stride, hence the columns.
     """
 
     layout: str
@@ -66,23 +67,30 @@ class PageReader:
         """Shape of the double buffer."""
         if self.layout == HND:
             return (2, 2 * self.kv_heads, tokens, head_dim)
-        return (2, tokens * self.rows_per_token(), head_dim)
+        return (2, -(-head_dim // 128), tokens * self.rows_per_token(), min(head_dim, 128))
 
     def page_refs(
         self, kv_pages: Any, buffer: Any, page: Any, slot: Any, index: Any, page_size: int
-    ) -> tuple[Any, Any]:
-        """Where a page is and where it goes, as the block's `index`-th."""
+    ) -> list[tuple[Any, Any]]:
+        """Where a page is and where it goes, as the block's `index`-th: one copy, or one per column."""
         if self.layout == HND:
             at = pl.ds(pl.multiple_of(index * page_size, page_size), page_size)
-            return kv_pages.at[page], buffer.at[slot, :, at, :]
+            return [(kv_pages.at[page], buffer.at[slot, :, at, :])]
         rows = page_size * self.rows_per_token()
-        return kv_pages.at[page], buffer.at[slot, pl.ds(pl.multiple_of(index * rows, rows), rows), :]
+        at = pl.ds(pl.multiple_of(index * rows, rows), rows)
+        _, columns, _, width = buffer.shape
+        if columns == 1:
+            return [(kv_pages.at[page], buffer.at[slot, 0, at, :])]
+        return [
+            (kv_pages.at[page, :, pl.ds(column * width, width)], buffer.at[slot, column, at, :])
+            for column in range(columns)
+        ]
 
     def buffer_pages(self, buffer: Any, slot: Any, count: int, page_size: int) -> Any:
         """The first `count` pages of a buffer."""
         if self.layout == HND:
             return buffer.at[slot, :, pl.ds(0, count * page_size), :]
-        return buffer.at[slot, pl.ds(0, count * page_size * self.rows_per_token()), :]
+        return buffer.at[slot, :, pl.ds(0, count * page_size * self.rows_per_token()), :]
 
     def _words(self, buffer: Any, slot: Any, start: Any, row: int, count: int) -> jax.Array:
         """Word `row` of each of `count` tokens from token `start` on."""
@@ -92,9 +100,11 @@ class PageReader:
             view = buffer.bitcast(jnp.uint32)
         # Two steps: the compiler must see that the first is aligned, and that the second is fixed.
         base = start * stride if isinstance(start, int) else pl.multiple_of(start * stride, count * stride)
-        view = view.at[slot, pl.ds(base, count * stride), :]
-        words: jax.Array = view[pl.ds(row, count, stride=stride), :]
-        return words
+        columns = [
+            view.at[slot, column, pl.ds(base, count * stride), :][pl.ds(row, count, stride=stride), :]
+            for column in range(buffer.shape[1])
+        ]
+        return columns[0] if len(columns) == 1 else jnp.concatenate(columns, axis=1)
 
     def load(
         self, buffer: Any, slot: Any, head: int, start: Any, count: int, dtype: Any
@@ -127,12 +137,13 @@ class PageReader:
         # Keys go too: their logits are masked, so any finite value will do.
         rows = self.rows_per_token()
         at = pl.ds(start * rows, count * rows)
-        value = buffer[slot, at, :]
-        kept = lax.broadcasted_iota(jnp.int32, value.shape, 0) < keep * rows
-        if value.dtype == jnp.uint32:
-            buffer[slot, at, :] = jnp.where(kept, value, jnp.uint32(0))
-        else:
-            buffer[slot, at, :] = jnp.where(kept, value.astype(jnp.float32), 0.0).astype(value.dtype)
+        for column in range(buffer.shape[1]):
+            value = buffer[slot, column, at, :]
+            kept = lax.broadcasted_iota(jnp.int32, value.shape, 0) < keep * rows
+            if value.dtype == jnp.uint32:
+                buffer[slot, column, at, :] = jnp.where(kept, value, jnp.uint32(0))
+            else:
+                buffer[slot, column, at, :] = jnp.where(kept, value.astype(jnp.float32), 0.0).astype(value.dtype)
 
 
 def widen(x: jax.Array, dtype: Any) -> jax.Array:

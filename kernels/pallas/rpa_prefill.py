@@ -71,11 +71,13 @@ def gather_queries(step: "Step", span: Span) -> None:
     def one(i: Any, carry: Any) -> Any:
         tokens = step.q[pl.ds(pl.multiple_of(i * GROUP, GROUP), GROUP)].astype(jnp.float32) * plan.q_scale
         for t in range(GROUP):
-            step.stage[t * stride : t * stride + plan.query_heads, :] = tokens[t]
+            for c, columns in enumerate(split(tokens[t])):
+                step.stage[c, t * stride : t * stride + plan.query_heads, : columns.shape[1]] = columns
         for head in range(plan.query_heads):
             h, g = divmod(head, plan.group_size)
             at = pl.ds(pl.multiple_of(i * rows + g * GROUP, GROUP), GROUP)
-            step.q_rows[h, at, :] = step.stage[pl.ds(head, GROUP, stride=stride), :].astype(plan.compute_dtype)
+            picked = staged(step, pl.ds(head, GROUP, stride=stride))
+            step.q_rows[h, at, :] = picked.astype(plan.compute_dtype)
         at = pl.ds(pl.multiple_of(i * rows, GROUP), rows)
         step.m[:, at, :] = jnp.full((plan.kv_heads, rows, 128), MASKED, jnp.float32)
         step.l[:, at, :] = jnp.zeros((plan.kv_heads, rows, 128), jnp.float32)
@@ -140,7 +142,8 @@ def scatter_rows(step: "Step", span: Span) -> None:
             at = pl.ds(pl.multiple_of(i * rows + g * GROUP, GROUP), GROUP)
             sink = step.sinks[head : head + 1, :] if plan.with_sinks else None
             out, head_lse = finish(plan, step.m[h, at, :], step.l[h, at, :], step.acc[h, at, :], sink)
-            step.stage[pl.ds(head, GROUP, stride=stride), :] = out
+            for c, columns in enumerate(split(out)):
+                step.stage[c, pl.ds(head, GROUP, stride=stride), : columns.shape[1]] = columns
             if plan.with_lse:
                 lse = jnp.where(lane == head, head_lse[:, : plan.query_heads], lse)
         first = pl.multiple_of(i * GROUP, GROUP)
@@ -152,7 +155,7 @@ def scatter_rows(step: "Step", span: Span) -> None:
             step.lse[at, :] = jnp.where((row >= begin) & (row < end), lse, step.lse[at, :])
 
         def write(t: Any, carry: Any) -> Any:
-            step.out[first + t] = step.stage[pl.ds(t * stride, plan.query_heads), :].astype(step.out.dtype)
+            step.out[first + t] = staged(step, pl.ds(t * stride, plan.query_heads)).astype(step.out.dtype)
             return carry
 
         @pl.when(whole)
@@ -167,3 +170,15 @@ def scatter_rows(step: "Step", span: Span) -> None:
         return carry
 
     lax.fori_loop(floor_div(span.first_row, GROUP), ceil_div(span.end_row, GROUP), one, 0)
+
+
+def split(rows: jax.Array) -> list[jax.Array]:
+    """Columns one register wide, the last one what is left."""
+    return [rows[:, i : i + 128] for i in range(0, rows.shape[1], 128)]
+
+
+def staged(step: "Step", at: Any) -> jax.Array:
+    """Rows of the staging buffer, which is kept in columns: only rows one register wide can be read with a stride."""
+    columns = [step.stage[c, at, :] for c in range(step.stage.shape[0])]
+    rows = columns[0] if len(columns) == 1 else jnp.concatenate(columns, axis=1)
+    return rows[:, : step.plan.head_dim]

@@ -262,10 +262,13 @@ class Writer(Batch):
         def change(sequence: Any, first: Any, last: Any, to_row: Any, cell: Any, slot: Any, partial: Any) -> None:
             work[...] = cells[slot].astype(jnp.float32)
 
+            place_in_cell = lax.broadcasted_iota(jnp.int32, work.shape[1:], 0)
+
             def one(position: Any, carry: Any) -> Any:
                 row = self.new[position + to_row].astype(jnp.float32)
+                here = place_in_cell == position - cell * unit
                 for head in range(row.shape[0]):
-                    work[head, pl.ds(position - cell * unit, 1), :] = row[head : head + 1]
+                    work[head] = jnp.where(here, row[head : head + 1], work[head])
                 return carry
 
             lax.fori_loop(jnp.maximum(first, cell * unit), jnp.minimum(last, (cell + 1) * unit), one, 0)

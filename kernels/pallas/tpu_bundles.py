@@ -45,8 +45,8 @@ class Schedule:
         """Bundles of the whole program, each counted once."""
         return sum(region.bundles for region in self.regions)
 
-    def products(self, least: int = 100) -> list[Region]:
-        """Regions that use the matrix unit at all seriously: straight-line code of the kernel's inner tiles."""
+    def products(self, least: int = 1) -> list[Region]:
+        """Regions that use the matrix unit: straight-line code of the kernel's inner tiles."""
         return [region for region in self.regions if region.slots.get("MATMUL", 0) >= least]
 
 

@@ -118,7 +118,7 @@ def decode_sequence(problem: Problem, blocks: Blocks, schedule: Schedule, produc
     heads = [i for i, region in enumerate(regions[:last]) if region.loop and region.copies]
     begin = heads[1] + 1 if len(heads) > 2 else 0
     for region in regions[begin:last]:
-        if region.slots.get("MATMUL", 0) >= 100:
+        if region.slots.get("MATMUL", 0):
             continue  # the masked product, which does not run here
         if region.loop and region.copies:
             copying.append(region.bundles)

@@ -188,6 +188,12 @@ def test_eight_bit_caches_and_windows(layout, kv_dtype, sliding_window):
     check_one(sequences, blocks=TILES, options=options, layout=layout, page_size=32, kv_dtype=kv_dtype)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "head_dim"), [("HND", 192), ("NHD", 256), ("NHD", 80)])
+def test_rows_that_are_not_one_register_wide(layout, head_dim):
+    check_one([(1, 40), (18, 33)], options={"sm_scale": 0.1}, layout=layout, heads=(2, 1), head_dim=head_dim)
+
+
 SINKS = np.array([0.5, -1.0, 2.0, 0.0])
 
 
@@ -278,6 +284,14 @@ def test_the_race_detector_is_awake():
         ({"kv_pages": jnp.zeros((4, 4, 8, 128), jnp.bfloat16)}, "a multiple of 16 tokens"),
         ({"kv_pages": jnp.zeros((4, 3, 16, 128), jnp.bfloat16)}, "has 3 combined heads"),
         ({"kv_pages": jnp.zeros((4, 16, 2, 128), jnp.int8), "kv_layout": "NHD"}, "must be a multiple of 4"),
+        (
+            {
+                "q": jnp.zeros((4, 4, 192), jnp.bfloat16),
+                "kv_pages": jnp.zeros((4, 16, 4, 192), jnp.bfloat16),
+                "kv_layout": "NHD",
+            },
+            "above 128 it must be a multiple of 128",
+        ),
         ({"kv_lens": jnp.zeros((3,), jnp.int32)}, "cu_q_lens (4,)"),
         ({"kv_lens": jnp.zeros((2,), jnp.float32)}, "kv_lens is float32"),
         ({"sinks": jnp.zeros((2,))}, "sinks is (2,)"),

@@ -52,11 +52,12 @@ def of_op(op: Op[..., Any]) -> str:
 
     source = fake_source(op)
     fake = {"register_fake": op.explicit_fake, "body": op.body}.get(source)
-    code = [source, *(_of_code(fn) for fn in (fake, *op.formula, op.batching) if fn is not None)]
+    code = [source, *(of_code(fn) for fn in (fake, *op.formula, op.batching) if fn is not None)]
     return op.spec.digest("\n".join(code))
 
 
-def _of_code(fn: Callable[..., Any]) -> str:
+def of_code(fn: Callable[..., Any]) -> str:
+    """Digest of a function, its constants and the functions that it names; the same in every process."""
     found = hashlib.sha256()
     for part in _parts(fn, _DEPTH, set()):
         found.update(part)

@@ -91,7 +91,7 @@ def _sentence(spec: OpSpec, args: Sequence[Any], cause: str) -> str:
 
 
 def _from_contract(op: Op, args: Sequence[Any], binding: Binding) -> Any:
-    first = next((a for s, a in zip(op.spec.args, args, strict=True) if s.is_tensor and a is not None), None)
+    first = next((t for s, a in zip(op.spec.args, args, strict=True) for t in _tensors(s, a)), None)
     if first is None:
         raise RegistrationError(
             f"{op.name}: no tensor argument gives the outputs' device and dtype; register a fake with register_fake"
@@ -99,6 +99,13 @@ def _from_contract(op: Op, args: Sequence[Any], binding: Binding) -> Any:
     by_name = {arg.name: value for arg, value in zip(op.spec.args, args, strict=True)}
     outputs = [_output(op, result, first, by_name, binding) for result in op.spec.returns]
     return tuple(outputs) if op.spec.returns_tuple else outputs[0]
+
+
+def _tensors(arg: ArgSpec, value: Any) -> list[torch.Tensor]:
+    """The tensors of an argument that may say what dtype and device the outputs have: never the layer's handle."""
+    if arg.layer:
+        return []
+    return [t for t in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(t, torch.Tensor)]
 
 
 def _output(op: Op, result: ReturnSpec, first: torch.Tensor, by_name: dict[str, Any], binding: Binding) -> torch.Tensor:

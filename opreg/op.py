@@ -83,9 +83,9 @@ class Op(Generic[P, R]):
         _compat.trace_instead(fn, self.calls.traced)
 
     @property
-    def declaration(self) -> tuple[str, str, bytes]:
+    def declaration(self) -> tuple[str, str, str]:
         """What must be equal for a second registration under this name to be the same one, met again."""
-        return self.spec.digest(), self.body.__module__, self.body.__code__.co_code
+        return self.spec.digest(), self.body.__module__, digest.of_code(self.body)
 
     def call_with(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         return call.call_with(self.spec, fn, args)

@@ -177,10 +177,11 @@ def audit(
             if seen or changed.any():
                 for name in allowed:
                     found.written[name] = seen[0] if seen else Write(key, "the kernel", "seen in the values")
+            whole = storages[names[0]].nbytes() == before[key].numel()  # else it was resized, which is told above
             for name in allowed:
-                if changed.any():
+                if whole and changed.any():
                     changed &= ~_elements(plain[name])
-            if changed.any():
+            if whole and changed.any():
                 found.outside[", ".join(names)] = int(changed.sum())
         elif seen or bumped or changed.any():
             how = (

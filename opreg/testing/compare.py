@@ -14,7 +14,7 @@ DEFAULT_RMS = {
 }
 """Allowed against the reference where the op gives no tolerance of its own: about four roundings of the dtype."""
 
-_WORST = 64
+_WORST = 12
 """No value may be further off than this many times the allowed RMS: one wrong row in a thousand hides in an RMS."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -86,6 +87,47 @@ def check_outputs(op: Op[Any, Any], fn: Callable[..., Any], call: Call) -> Itera
                     f"{differ} of {one.numel()} values of {arg.name} depend on what the memory held before, though it "
                     f"starts as '{arg.start}'; overwrite it, or declare mutates_args={{'{arg.name}': 'state'}}",
                 )
+
+
+def check_results(op: Op[Any, Any], fn: Callable[..., Any], call: Call) -> Iterator[tuple[str, str]]:
+    """Results that are memory from torch.empty: with such memory filled by torch (NaN, largest integer) they change."""
+    if not op.spec.returns or torch.Tag.nondeterministic_seeded in op.spec.tags:
+        return
+    expected = run(op, fn, call).results
+    with _filled_memory():
+        filled = run(op, fn, call).results
+    for index, (one, other) in enumerate(zip(expected, filled, strict=False)):
+        if one.shape != other.shape or not other.numel():
+            continue
+        other_poison = torch.full_like(other, _fill_value(other.dtype))
+        unwritten = _same(other, other_poison) & ~_same(one, other)
+        if unwritten.any():
+            place = [int(i) for i in unwritten.nonzero()[0]]
+            yield (
+                "outputs",
+                f"{int(unwritten.sum())} of {one.numel()} values of result {index} are not written, first at {place}: "
+                "they are what torch.empty found in memory; write them, or start from torch.zeros",
+            )
+
+
+def _fill_value(dtype: torch.dtype) -> Any:
+    """What torch fills new memory with under use_deterministic_algorithms."""
+    if dtype.is_floating_point or dtype.is_complex:
+        return float("nan")
+    return True if dtype is torch.bool else torch.iinfo(dtype).max
+
+
+@contextmanager
+def _filled_memory() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
 
 
 def _poisoned(op: Op[Any, Any], call: Call, judged: list[ArgSpec], which: int) -> tuple[Any, ...]:

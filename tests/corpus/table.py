@@ -1,0 +1,32 @@
+"""`python -m tests.corpus.table`: what opreg and torch.library.opcheck find in the corpus, as a Markdown table."""
+
+import warnings
+
+from .case import Case, findings, opcheck_finds
+from .kernels import CASES as KERNELS
+from .shapes import CASES as SHAPES
+from .writes import CASES as WRITES
+
+CASES: tuple[Case, ...] = tuple(sorted((*WRITES, *SHAPES, *KERNELS), key=lambda case: case.hazard))
+
+
+def table(namespace: str) -> list[str]:
+    lines = ["| hazard | operator | mistake | opreg | torch.library.opcheck |", "|---|---|---|---|---|"]
+    seen = 0
+    for index, case in enumerate(CASES):
+        found = findings(case.broken, f"{namespace}_a{index}", compilers=False)
+        word = "refused" if "registration" in found else ", ".join(found) or "nothing"
+        other = opcheck_finds(case.broken, f"{namespace}_b{index}")
+        seen += other not in ("nothing", "-")
+        lines.append(f"| {case.hazard} | {case.name} | {case.story} | {word} | {other} |")
+    lines.append("")
+    lines.append(
+        f"opreg finds all {len(CASES)}, torch.library.opcheck {seen}; `-`: opreg refuses to make the operator."
+    )
+    return lines
+
+
+if __name__ == "__main__":
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        print("\n".join(table("corpus")))

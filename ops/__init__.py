@@ -1,6 +1,8 @@
 if __name__ != "opreg.ops":
     raise ImportError("this package is opreg.ops; install opreg and import it by that name")
 
+from .gated_delta_rule import gated_delta_rule as gated_delta_rule
+from .gated_delta_rule import gated_delta_rule_backward as gated_delta_rule_backward
 from .gdn_attention import gdn_attention as gdn_attention
 from .gdn_attention_core import gdn_attention_core as gdn_attention_core
 from .gdn_attention_core_xpu import gdn_attention_core_xpu as gdn_attention_core_xpu

@@ -33,7 +33,7 @@ def gated_delta_rule(
         S <- S diag(exp(decay)),  S <- S + (write * v - S (erase * k)) k^T,  o = scale * S q
 
     Gated DeltaNet has one decay and erase = write = beta; Kimi Delta Attention a decay per key channel; Gated
-    DeltaNet-2 has all three as vectors. Keys should have length 1 (with erase at most 1), or the state may grow without bound.
+    DeltaNet-2 has all three as vectors. Keys should have length 1 (with erase at most 1), or the state may grow.
 
     q, k: value head h reads head h // (hv // hk). decay: logarithm, 0 or less, [b, t, hv] or [b, t, hv, k].
     erase: [b, t, hv] or [b, t, hv, k]. write: [b, t, hv] or [b, t, hv, v]. scale: None means k ** -0.5.
@@ -63,6 +63,8 @@ def gated_delta_rule(
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, erase: Tensor, write: Tensor, scale: float | None) -> float:
+    if v.dtype == torch.float64:
+        raise ValueError("opreg::gated_delta_rule: v is torch.float64, but all sums are float32; pass v.float()")
     if k.shape[2] == 0 or v.shape[2] % k.shape[2]:
         raise ValueError(
             f"opreg::gated_delta_rule: v has {v.shape[2]} heads, which is no multiple of the {k.shape[2]} heads of k"

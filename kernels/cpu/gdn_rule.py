@@ -137,6 +137,8 @@ def _dense(x: Tensor) -> Tensor:
 def _inputs(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor, erase: Tensor, write: Tensor, initial_state: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    if v.dtype == torch.float64:
+        raise ValueError(f"{OP}: v is torch.float64, but all sums are float32; pass v.float()")
     if k.shape[2] == 0 or v.shape[2] % k.shape[2]:
         raise ValueError(f"{OP}: v has {v.shape[2]} heads, which is no multiple of the {k.shape[2]} heads of k")
     for name, gate, last in (("decay", decay, k), ("erase", erase, k), ("write", write, v)):

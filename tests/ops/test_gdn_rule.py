@@ -120,6 +120,7 @@ def test_compiled_training_step_equals_eager() -> None:
     ("change", "message"),
     [
         ({"decay": torch.zeros(2, 37, 4, 23)}, r"decay has shape \(2, 37, 4, 23\), expected \(2, 37, 4\) or"),
+        ({"v": torch.zeros(2, 37, 4, 20, dtype=torch.float64)}, "v is torch.float64, but all sums are float32"),
         ({"write": torch.zeros(2, 37, 4, 1, 20)}, r"write has shape \(2, 37, 4, 1, 20\), expected"),
         (
             {"q": torch.zeros(2, 37, 3, 24), "k": torch.zeros(2, 37, 3, 24)},

@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from transformers import Qwen3NextForCausalLM
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -105,7 +106,7 @@ class TestScheduler:
 
 
 @pytest.fixture(scope="module")
-def answers(program: ModuleType) -> tuple[torch.nn.Module, list[list[int]]]:
+def answers(program: ModuleType) -> tuple[Qwen3NextForCausalLM, list[list[int]]]:
     """The untouched model of the quick run and its tokens; also once all in one padded batch, which must agree."""
     from serving import untouched
     from serving.model import build_model
@@ -123,7 +124,7 @@ def answers(program: ModuleType) -> tuple[torch.nn.Module, list[list[int]]]:
 )
 def test_any_room_gives_the_untouched_models_tokens(
     program: ModuleType,
-    answers: tuple[torch.nn.Module, list[list[int]]],
+    answers: tuple[Qwen3NextForCausalLM, list[list[int]]],
     slots: int,
     pages: int,
     page_size: int,
@@ -143,7 +144,7 @@ def test_any_room_gives_the_untouched_models_tokens(
         assert [r.generated for r in run.requests] == answers[1]
 
 
-def test_the_tokens_are_worth_comparing(answers: tuple[torch.nn.Module, list[list[int]]]) -> None:
+def test_the_tokens_are_worth_comparing(answers: tuple[Qwen3NextForCausalLM, list[list[int]]]) -> None:
     """A random model that repeats itself would agree with anything."""
     assert all(len(set(tokens)) > len(tokens) // 2 for tokens in answers[1])
     assert len({tuple(tokens) for tokens in answers[1]}) == len(answers[1])
@@ -166,7 +167,7 @@ def test_a_wrong_token_is_noticed(program: ModuleType, capsys: pytest.CaptureFix
 
     honest = untouched.one_by_one
 
-    def lying(model: torch.nn.Module, requests: list[object]) -> tuple[list[list[int]], float]:
+    def lying(model: Qwen3NextForCausalLM, requests: list[object]) -> tuple[list[list[int]], float]:
         tokens, seconds = honest(model, requests)
         tokens[1][-1] ^= 1
         return tokens, seconds

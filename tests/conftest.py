@@ -46,3 +46,12 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
             f"no {' and no '.join(sorted(_ABSENT))} here: {', '.join(sorted(p.name for p in _LEFT_OUT))} left out"
         )
     return lines
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> None:
+    """No compiled code of an earlier test. torch 2.8 also crashes without it: when a function that one test compiled is
+    compiled by another, Dynamo compares the new backend with one that has been freed."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.reset()

@@ -235,17 +235,26 @@ void product_unit(const RpaArgs& a, const RpaTile& t, const RpaUnit& u, float* p
   }
 }
 
+template <int KT, bool PAIRS>
+void run_stream(const RpaArgs& a, const RpaTile& t, const RpaUnit& u, float* partial) {
+  const int64_t rows = t.rows * (a.q_heads / a.kv_heads);
+  if (rows == 1) return stream_unit<KT, 1, PAIRS>(a, t, u, partial);
+  if (rows == 2) return stream_unit<KT, 2, PAIRS>(a, t, u, partial);
+  return stream_unit<KT, 4, PAIRS>(a, t, u, partial);
+}
+
 template <int KT>
 void run_type(const RpaArgs& a, const RpaTile& t, const RpaUnit& u, float* partial) {
   const int64_t rows = t.rows * (a.q_heads / a.kv_heads);
-  if (rows <= RPA_STREAM_ROWS) {
-    if (rows == 1) return stream_unit<KT, 1>(a, t, u, partial);
-    if (rows == 2) return stream_unit<KT, 2>(a, t, u, partial);
-    return stream_unit<KT, 4>(a, t, u, partial);
-  }
 #ifdef RPA_PAIRS
-  if (a.q_type == RPA_BF16 && KT != RPA_F32 && KT != RPA_F16) return product_unit<OpPairs, KT>(a, t, u, partial);
+  if constexpr (KT != RPA_F32 && KT != RPA_F16) {
+    if (a.q_type == RPA_BF16) {
+      if (rows > RPA_STREAM_ROWS) return product_unit<OpPairs, KT>(a, t, u, partial);
+      if (a.head_dim % (4 * W) == 0) return run_stream<KT, true>(a, t, u, partial);
+    }
+  }
 #endif
+  if (rows <= RPA_STREAM_ROWS) return run_stream<KT, false>(a, t, u, partial);
   product_unit<OpFloat, KT>(a, t, u, partial);
 }
 

@@ -1,5 +1,6 @@
 // Few query rows per kv head (decode): one pass over the cache for all heads, K and V used straight from memory as they
-// stream by, in float32 whatever they are stored as. Memory is the limit, so the loads are asked for one block ahead.
+// stream by: in float32 whatever they are stored as, or as bf16 pairs where queries are bf16 and the processor multiplies
+// those. Memory is the limit, so the loads are asked for one block ahead.
 #pragma once
 #include "rpa_common.h"
 
@@ -8,7 +9,7 @@ namespace {
 constexpr int BN = 32;  // positions per block
 
 // scores[g * BN + n] = <q row g, K row n> for GT query rows and `count` K rows.
-template <int KT, int GT>
+template <int KT, int GT, bool PAIRS>
 inline void stream_scores(const char* const* k, int count, const float* q, int64_t padded, float* scores) {
   constexpr int NS = W / GT;  // K rows at once, so that the sums fill one vector
   for (int n0 = 0; n0 < count; n0 += NS) {
@@ -18,7 +19,20 @@ inline void stream_scores(const char* const* k, int count, const float* q, int64
     vf r[W];
     #pragma GCC unroll 16
     for (int i = 0; i < W; ++i) r[i] = vzero();
-    for (int64_t d = 0; d < padded; d += W) {
+#ifdef RPA_PAIRS
+    for (int64_t d = 0; PAIRS && d < padded; d += 2 * W) {
+      vf x[NS];
+      #pragma GCC unroll 16
+      for (int j = 0; j < NS; ++j) x[j] = read_pairs<KT>(row[j], d);
+      #pragma GCC unroll 16
+      for (int g = 0; g < GT; ++g) {
+        const vf y = vload(q + g * padded + d / 2);
+        #pragma GCC unroll 16
+        for (int j = 0; j < NS; ++j) r[g * NS + j] = vpairs(x[j], y, r[g * NS + j]);
+      }
+    }
+#endif
+    for (int64_t d = 0; !PAIRS && d < padded; d += W) {
       vf x[NS];
       #pragma GCC unroll 16
       for (int j = 0; j < NS; ++j) x[j] = vread<KT>(row[j], d);
@@ -64,6 +78,37 @@ inline void stream_values_at(const char* const* v, int count, const float* weigh
   }
 }
 
+#ifdef RPA_PAIRS
+// The same for 64 elements from d on, two V rows at a time; weights are bf16 pairs, acc is in zip_wide's order.
+template <int KT, int GT>
+inline void stream_value_pairs(const char* const* v, int count, const float* weights, const float* alpha, int64_t padded,
+                               int64_t d, float* acc) {
+  vf r[GT][4];
+  #pragma GCC unroll 16
+  for (int g = 0; g < GT; ++g) {
+    #pragma GCC unroll 16
+    for (int i = 0; i < 4; ++i) r[g][i] = vmul(vload(acc + g * padded + d + i * W), vset(alpha[g]));
+  }
+  for (int n = 0; n < count; n += 2) {
+    const char* odd = v[n + 1 < count ? n + 1 : n];  // past the end the weight is zero
+    vf x[4];
+    zip_wide<KT>(v[n], odd, d, x[0], x[1]);
+    zip_wide<KT>(v[n], odd, d + 2 * W, x[2], x[3]);
+    #pragma GCC unroll 16
+    for (int g = 0; g < GT; ++g) {
+      const vf w = vset(weights[g * BN + n / 2]);
+      #pragma GCC unroll 16
+      for (int i = 0; i < 4; ++i) r[g][i] = vpairs(w, x[i], r[g][i]);
+    }
+  }
+  #pragma GCC unroll 16
+  for (int g = 0; g < GT; ++g) {
+    #pragma GCC unroll 16
+    for (int i = 0; i < 4; ++i) vstore(acc + g * padded + d + i * W, r[g][i]);
+  }
+}
+#endif
+
 template <int KT, int GT>
 inline void stream_values(const char* const* v, int count, const float* weights, const float* alpha, int64_t padded,
                           float* acc) {
@@ -101,19 +146,18 @@ struct StreamTile {
   float *q, *acc, *top, *sum;
 };
 
-template <int KT, int GT>
+template <int KT, int GT, bool PAIRS>
 inline void stream_block(const RpaArgs& a, const RpaTile& t, const Sequence& s, const StreamTile& st, const Logit& logit,
                          int64_t position, int count, const char* const* k, const char* const* v, int64_t h, float* scores) {
   const int64_t base = h * st.tiles * st.lanes;
   for (int64_t tile = 0; tile < st.tiles; ++tile) {
     const int64_t m0 = base + tile * GT;
     alignas(64) float alpha[GT];
-    stream_scores<KT, GT>(k, count, st.q + m0 * st.padded, st.padded, scores);
-    #pragma GCC unroll 16
+    stream_scores<KT, GT, PAIRS>(k, count, st.q + m0 * st.padded, st.padded, scores);
     for (int g = 0; g < GT; ++g) {
       const int64_t row = (tile * GT + g) / st.group;
       if (tile * GT + g >= st.rows) {
-        for (int n = 0; n < count; ++n) scores[g * BN + n] = 0.0f;
+        std::memset(scores + g * BN, 0, BN * 4);
         alpha[g] = 1.0f;
         continue;
       }
@@ -122,7 +166,20 @@ inline void stream_block(const RpaArgs& a, const RpaTile& t, const Sequence& s, 
       alpha[g] = stream_softmax(scores + g * BN, count, logit, int(greater(oldest, 0)), int(lesser(newest, count - 1)),
                                 st.top + m0 + g, st.sum + m0 + g);
     }
-    stream_values<KT, GT>(v, count, scores, alpha, st.padded, st.acc + m0 * st.padded);
+    float* acc = st.acc + m0 * st.padded;
+#ifdef RPA_PAIRS
+    if (PAIRS) {
+      for (int g = 0; g < GT; ++g) {
+        float* row = scores + g * BN;
+        store_pairs(row, vload(row), count > W ? vload(row + W) : vzero());
+      }
+      for (int64_t d = 0; d < st.padded; d += 4 * W) {
+        stream_value_pairs<KT, GT>(v, count, scores, alpha, st.padded, d, acc);
+      }
+      continue;
+    }
+#endif
+    stream_values<KT, GT>(v, count, scores, alpha, st.padded, acc);
   }
 }
 
@@ -158,7 +215,7 @@ inline void widen_rows(const RpaArgs& a, const char* const* rows, int count, int
   }
 }
 
-template <int KT, int GT>
+template <int KT, int GT, bool PAIRS>
 void stream_unit(const RpaArgs& a, const RpaTile& t, const RpaUnit& u, float* partial) {
   static thread_local Scratch scratch;
   const Sequence s(a, t.seq);
@@ -183,7 +240,12 @@ void stream_unit(const RpaArgs& a, const RpaTile& t, const RpaUnit& u, float* pa
   for (int64_t h = 0; h < t.heads; ++h) {
     for (int64_t m = 0; m < st.rows; ++m) {
       const int64_t token = s.q_start + t.row0 + m / st.group, head = (t.head0 + h) * st.group + m % st.group;
-      read_query(a, token, head, st.padded, st.q + (h * pitch + m) * st.padded);
+      float* to = st.q + (h * pitch + m) * st.padded;
+      if (PAIRS) {
+        std::memcpy(to, static_cast<const uint16_t*>(a.q) + token * a.q_token + head * a.q_head, a.head_dim * 2);
+      } else {
+        read_query(a, token, head, st.padded, to);
+      }
     }
   }
   const bool whole = a.head_dim % W == 0;
@@ -203,15 +265,18 @@ void stream_unit(const RpaArgs& a, const RpaTile& t, const RpaUnit& u, float* pa
         v[n] = k[n] + a.kv_head * item;
       }
       prefetch_share<KT>(a, t, next, ahead, h);
-      if (whole) {
-        stream_block<KT, GT>(a, t, s, st, logit, position, count, k, v, h, scores);
+      if (PAIRS || whole) {
+        stream_block<KT, GT, PAIRS>(a, t, s, st, logit, position, count, k, v, h, scores);
       } else {
         widen_rows<KT>(a, k, count, st.padded, wide_k, k);
         widen_rows<KT>(a, v, count, st.padded, wide_v, v);
-        stream_block<RPA_F32, GT>(a, t, s, st, logit, position, count, k, v, h, scores);
+        stream_block<RPA_F32, GT, false>(a, t, s, st, logit, position, count, k, v, h, scores);
       }
     }
   }
+#ifdef RPA_PAIRS
+  for (int64_t i = 0; PAIRS && i < all * st.padded; i += 2 * W) put_in_order(st.acc + i);
+#endif
   if (partial == nullptr) {
     write_tile(a, t, s, pitch, st.padded, st.top, st.sum, st.acc);
   } else {

@@ -162,6 +162,27 @@ inline vf zip_pairs(const void* even, const void* odd, int64_t i) {
       _mm512_or_si512(low, _mm512_slli_epi32(_mm512_cvtepu16_epi32(read_bf16<T>(odd, i)), 16)));
 }
 
+// Elements i..i+31 of two rows as pairs, in the order that costs two instructions: columns 0-3, 8-11, 16-19, 24-27 in
+// `low`, the others in `high`. put_in_order gives sums over such pairs their places.
+template <int T>
+inline void zip_wide(const void* even, const void* odd, int64_t i, vf& low, vf& high) {
+  const __m512i a = _mm512_castps_si512(read_pairs<T>(even, i)), b = _mm512_castps_si512(read_pairs<T>(odd, i));
+  low = _mm512_castsi512_ps(_mm512_unpacklo_epi16(a, b));
+  high = _mm512_castsi512_ps(_mm512_unpackhi_epi16(a, b));
+}
+
+inline void put_in_order(float* columns) {
+  const vf low = vload(columns), high = vload(columns + W);
+  const vf first = _mm512_shuffle_f32x4(low, high, 0x44), second = _mm512_shuffle_f32x4(low, high, 0xee);
+  vstore(columns, _mm512_shuffle_f32x4(first, first, 0xd8));
+  vstore(columns + W, _mm512_shuffle_f32x4(second, second, 0xd8));
+}
+
+// Two vectors as 32 bf16.
+inline void store_pairs(float* to, vf first, vf second) {
+  vstore(to, _mm512_castsi512_ps((__m512i)_mm512_cvtne2ps_pbh(second, first)));
+}
+
 inline vf vpairs(vf a, vf b, vf c) { return _mm512_dpbf16_ps(c, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b)); }
 #endif
 

@@ -219,11 +219,6 @@ def test_float8_cache_and_heads_that_fill_no_register():
     check_one([(1, 40), (3, 33)], options=options, heads=(3, 1), head_dim=64, page_size=32, kv_dtype="float8_e4m3fn")
 
 
-def test_token_major_int8_cache():
-    options = {"sm_scale": 0.1, "k_scale": 1 / 30, "v_scale": 1 / 30}
-    check_one([(1, 40), (3, 33)], options=options, layout="NHD", page_size=8, kv_dtype="int8")
-
-
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "int8", "bfloat16"])
 def test_values_come_out_of_their_words(dtype):
     """Every finite bit pattern, subnormals included, at every place of a 32-bit word."""

@@ -132,9 +132,11 @@ def _ensure_values(gm: GraphModule, example_inputs: Sequence[Any]) -> FakeTensor
 
 
 def _given_by_ops(split: SplitGraph) -> set[int]:
-    """Distinct pieces that take, somewhere, what a splitting op returned: it may differ from what the fake promised."""
+    """Distinct pieces that hold or take what a registered op returned: it may differ from what the fake promised."""
     found: set[int] = set()
     for piece in split.pieces:
+        if split.same[piece.index] == piece.index and any(split.keys.is_custom(step) for step in piece.steps):
+            found.add(piece.index)
         for node in piece.inputs:
             home = None if isinstance(node, Lifted) else split.plan.piece_of.get(node)
             if home is not None and split.pieces[home].split:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -43,9 +44,8 @@ class SplitGraph:
         first: dict[Any, int] = {}
         for piece in self.pieces:
             self.same.append(piece.index if piece.split else first.setdefault(piece.key, piece.index))
-        self.modules: dict[int, GraphModule] = {
-            i: build_piece(self.keys, self.pieces[i], gm) for i in dict.fromkeys(first.values())
-        }
+        self._likes = Counter(self.same)
+        self.modules: dict[int, GraphModule] = {i: self.build(i) for i in dict.fromkeys(first.values())}
         self._runs: dict[int, Callable[..., Any]] = dict(self.modules)
         self._function: Callable[..., Any] | None = None
 
@@ -56,7 +56,7 @@ class SplitGraph:
 
     def build(self, index: int) -> GraphModule:
         """A new module for piece `index`; compilers own and change the modules they are given."""
-        return build_piece(self.keys, self.pieces[index], self.root)
+        return build_piece(self.keys, self.pieces[index], self.root, self._likes[index] > 1)
 
     def function_with(self, runs: dict[int, Callable[..., Any]]) -> Callable[..., Any]:
         """A function of its own with `runs` in place of some distinct pieces."""
@@ -67,7 +67,7 @@ class SplitGraph:
 
     def build_all(self) -> dict[int, GraphModule]:
         """A module for every piece that is not splitting, for tools that want them apart."""
-        return {p.index: build_piece(self.keys, p, self.root) for p in self.pieces if not p.split}
+        return {p.index: build_piece(self.keys, p, self.root, False) for p in self.pieces if not p.split}
 
     def use(self, index: int, run: Callable[..., Any]) -> None:
         """Run `run(*inputs) -> tuple of outputs` instead of the module of distinct piece `index`."""

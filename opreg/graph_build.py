@@ -18,8 +18,10 @@ from opreg.graph_ops import value_of
 from opreg.graph_plan import Piece, Plan, Step
 
 
-def build_piece(keys: Keys, piece: Piece, root: Any) -> GraphModule:
-    """The piece as a GraphModule: inputs in the order of `piece.inputs`, a tuple of `piece.exports` out."""
+def build_piece(keys: Keys, piece: Piece, root: Any, shared: bool) -> GraphModule:
+    """The piece as a GraphModule: inputs in the order of `piece.inputs`, a tuple of `piece.exports` out.
+
+    shared: several pieces will run this module."""
     graph = Graph()
     made: dict[Any, Any] = {}
     owned: dict[str, Any] = {}
@@ -27,6 +29,9 @@ def build_piece(keys: Keys, piece: Piece, root: Any) -> GraphModule:
         name = f"lifted_{len(made)}" if isinstance(node, Lifted) else _identifier(node.name)
         made[node] = new = graph.placeholder(name)
         new.meta = dict(node.meta)
+        if shared:
+            # It says that an input's address never changes; a piece that several layers share gets the weights of each.
+            new.meta.pop("tensor_dict", None)
         if node.op == "get_attr":
             new.meta["example_value"] = keys.attribute(node.target)
 

@@ -154,7 +154,7 @@ class Keys:
                 add(module_key(self.attribute(target)))
             custom = facts.get(target)
             if custom is None:
-                custom = facts[target] = op == "call_function" and OpFacts(op, target).custom
+                custom = self.is_custom(step)
             args, kwargs = step.args, step.kwargs
             if custom:
                 for at, a in [*enumerate(args), *kwargs.items()]:
@@ -194,6 +194,12 @@ class Keys:
             bound |= found[0]
             free |= found[1]
         return sorted({self.plan.symbols[s] for s in free - bound if s in self.plan.symbols}, key=lambda n: n.name)
+
+    def is_custom(self, step: Any) -> bool:
+        """Whether a step calls an operator that is not torch's own."""
+        if step.target not in self._facts:
+            self._facts[step.target] = step.op == "call_function" and OpFacts(step.op, step.target).custom
+        return self._facts[step.target]
 
     def attribute(self, path: str) -> Any:
         """The object a get_attr or call_module node names."""

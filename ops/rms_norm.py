@@ -25,6 +25,13 @@ def rms_norm(
 
 rms_norm.register_kernel("cpu", "opreg.kernels.cpu.rms_norm:rms_norm", why_not="opreg.kernels.cpu.rms_norm:why_not")
 
+rms_norm.register_kernel(
+    ("cuda", "xpu"),
+    "opreg.kernels.triton.rms_norm:rms_norm",
+    requires="triton",
+    why_not="opreg.kernels.triton.rms_norm:why_not",
+)
+
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
     x, weight, ctx.eps = inputs

@@ -4,4 +4,6 @@
 (tokens_per_block, tokens_per_tile, kv_per_block, kv_per_chunk)
 """
 
-TABLE: dict[tuple[str, int, int, int, str, str, str], tuple[int, int, int, int]] = {('v4', 8, 1, 128, 'bfloat16', 'bfloat16', 'HND'): (256, 32, 512, 512)}
+TABLE: dict[tuple[str, int, int, int, str, str, str], tuple[int, int, int, int]] = {
+    ("v4", 8, 1, 128, "bfloat16", "bfloat16", "HND"): (256, 32, 512, 512),
+}

@@ -6,7 +6,6 @@ of 2,048 tokens, and decode steps at several lengths. Entries that are not tuned
 """
 
 import argparse
-import pprint
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +90,12 @@ def choose(chip: str, problem: Problem) -> Sizes:
     return min(costs, key=lambda sizes: costs[sizes].against(best))
 
 
+def render(table: dict[Key, Sizes]) -> str:
+    """The table as a module."""
+    quoted = (str(key).replace("'", '"') + f": {sizes}" for key, sizes in sorted(table.items()))
+    return HEADER + "{\n" + "".join(f"    {entry},\n" for entry in quoted) + "}\n"
+
+
 def note(text: str) -> None:
     """Progress, on standard error."""
     sys.stderr.write(text + "\n")
@@ -126,7 +131,7 @@ def main() -> None:
             key = (chip, p.query_heads, p.kv_heads, p.head_dim, p.q_dtype, p.kv_dtype, p.layout)
             table[key] = choose(chip, problem)
             note(f"{key}: {table[key]} ({VMEM_BYTES[chip] // MIB} MiB)")
-            options.write.write_text(HEADER + pprint.pformat(table, width=120) + "\n")
+            options.write.write_text(render(table))
 
 
 if __name__ == "__main__":

@@ -41,8 +41,14 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--write", type=Path)
     options = parser.parse_args()
+    compiler = {"jax": jax.__version__, "libtpu": libtpu.__version__}
     found = {}
-    print(f"jax {jax.__version__}, libtpu {libtpu.__version__}", file=sys.stderr)
+    if options.write and options.write.exists():
+        kept = json.loads(options.write.read_text())
+        found = kept.pop("figures")
+        if kept != compiler:
+            raise SystemExit(f"{options.write} holds figures of {kept}, and this is {compiler}; delete it first")
+    print(", ".join(f"{name} {version}" for name, version in compiler.items()), file=sys.stderr)
     for layout in options.layouts.split(","):
         for chip in options.chips.split(","):
             result = measure(chip, Problem(layout=layout), tile_blocks(chip))
@@ -51,11 +57,10 @@ def main() -> None:
                 print(describe(layout, result), flush=True)
                 if chip in PUBLISHED and layout == "HND":
                     print(f"          published: {PUBLISHED[chip]}", flush=True)
-    answer = {"jax": jax.__version__, "libtpu": libtpu.__version__, "figures": found}
+            if options.write:  # after each, since a chip can take minutes
+                options.write.write_text(json.dumps({**compiler, "figures": found}, indent=1) + "\n")
     if options.json:
-        print(json.dumps(answer, indent=1))
-    if options.write:
-        options.write.write_text(json.dumps(answer, indent=1) + "\n")
+        print(json.dumps({**compiler, "figures": found}, indent=1))
 
 
 if __name__ == "__main__":

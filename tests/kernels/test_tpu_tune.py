@@ -1,10 +1,11 @@
 """Block sizes: what the tuner makes of figures, what the table gives, and what fits where the table says nothing."""
 
 import dataclasses
+from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
-from opreg.kernels.pallas import rpa_blocks, tpu_tune
+from opreg.kernels.pallas import rpa_blocks, rpa_table, tpu_tune
 from opreg.kernels.pallas.rpa_blocks import ANY_CHIP, VMEM_BYTES, Blocks, current_chip, default_blocks, vmem_bytes
 from opreg.kernels.pallas.rpa_check import CacheShape
 from opreg.kernels.pallas.rpa_table import TABLE
@@ -112,3 +113,7 @@ def test_table_entries_are_whole_tiles_of_known_chips():
 
 def test_without_a_tpu_the_chip_is_any():
     assert current_chip() == ANY_CHIP
+
+
+def test_the_table_is_written_as_it_ships():
+    assert tpu_tune.render(TABLE) == Path(rpa_table.__file__).read_text()

@@ -25,6 +25,7 @@ import torch
 
 from .errors import KernelError, OpregError
 from .jax_bridge_arrays import JaxArgumentError, runtime
+from .recompiles import RecompileError
 
 log = logging.getLogger("opreg.jax")
 
@@ -71,6 +72,7 @@ class _State:
         self.programs: dict[str, Program] = {}
         self.limit = 512
         self.max_traces: int | None = None
+        self.forbidden = 0
         self.entries = self.traces = self.symbolic = self.evictions = self.calls = 0
         self.reasons: deque[str] = deque(maxlen=100)
 
@@ -363,6 +365,8 @@ def note_trace(program: Program, arrays: tuple[Any, ...]) -> None:
     function = program.function
     shapes = tuple(f"{array.dtype}[{','.join(map(str, array.shape))}]" for array in arrays)
     reason = f"{program.name}: {_reason(program, shapes)}"
+    if state.forbidden:
+        raise RecompileError(f"inside no_recompiles(): a JAX function would be traced and compiled: {reason}")
     with state.lock:
         program.seen.append(shapes)
         del program.seen[1:-8]

@@ -39,7 +39,7 @@ def _entry() -> Any:
 @cache
 def _kernels(name: str) -> int | None:
     """Address of the kernels for one instruction set, which are built only where they are used."""
-    library = build.load(f"gdn_{name}", {f"gdn_{name}.cpp": dict(INSTRUCTION_SETS)[name]})
+    library = build.load(f"gdn_{name}", {"gdn_kernels.cpp": dict(INSTRUCTION_SETS)[name]})
     return ctypes.cast(library.gdn_run, ctypes.c_void_p).value
 
 

@@ -66,6 +66,15 @@ def sizes_if_plain(
         and conv_weights.dtype in (io, torch.float32)
         and A_log.dtype in (io, torch.float32)
         and dt_bias.dtype in (io, torch.float32)
+        and core_attn_out.is_cpu
+        and z.is_cpu
+        and projected_states_qkvz.is_cpu
+        and projected_states_ba.is_cpu
+        and conv_state.is_cpu
+        and ssm_state.is_cpu
+        and conv_weights.is_cpu
+        and A_log.is_cpu
+        and dt_bias.is_cpu
         and core_attn_out.is_contiguous()
         and z.is_contiguous()
         and projected_states_qkvz.is_contiguous()

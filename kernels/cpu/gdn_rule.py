@@ -149,6 +149,16 @@ def _inputs(
                 f"{OP}: {name} has shape {tuple(gate.shape)}, expected {tuple(wanted[0])} or {wanted[1]}: one number "
                 f"a head, or one for each channel of {channels}"
             )
+    for name, x in (
+        ("q", q),
+        ("k", k),
+        ("decay", decay),
+        ("erase", erase),
+        ("write", write),
+        ("initial_state", initial_state),
+    ):
+        if x is not None and not x.is_cpu:
+            raise ValueError(f"{OP}: {name} is on {x.device}, but v on {v.device}; move it there")
     initial = None if initial_state is None else _dense(initial_state)
     return _dense(q), _dense(k), _dense(v), _dense(decay), _dense(erase), _dense(write), initial
 

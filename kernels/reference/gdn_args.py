@@ -134,14 +134,20 @@ def sizes(
     _dtype("A_log", A_log, (io, torch.float32), or_fp32)
     _dtype("dt_bias", dt_bias, (io, torch.float32), or_fp32)
 
-    for name, t in (("core_attn_out", core_attn_out), ("z", z), ("projected_states_qkvz", projected_states_qkvz)):
+    rowwise = {"core_attn_out": core_attn_out, "z": z, "projected_states_ba": projected_states_ba}
+    slotwise = {"conv_state": conv_state, "ssm_state": ssm_state}
+    vectors = {"conv_bias": conv_bias, "A_log": A_log, "dt_bias": dt_bias}
+    here = projected_states_qkvz.device
+    for name, other in {**rowwise, **slotwise, **vectors, "conv_weights": conv_weights}.items():
+        if other is not None and other.device != here:
+            fail(f"{name} is on {other.device}, but projected_states_qkvz on {here}; move it there")
+    for name, t in {**rowwise, "projected_states_qkvz": projected_states_qkvz}.items():
         _inner(name, t, "row")
-    _inner("projected_states_ba", projected_states_ba, "row")
-    _inner("conv_state", conv_state, "slot")
-    _inner("ssm_state", ssm_state, "slot")
+    for name, t in slotwise.items():
+        _inner(name, t, "slot")
     if not conv_weights.is_contiguous():
         fail(f"conv_weights with strides {conv_weights.stride()} is not contiguous; pass conv_weights.contiguous()")
-    for name, vector in (("conv_bias", conv_bias), ("A_log", A_log), ("dt_bias", dt_bias)):
+    for name, vector in vectors.items():
         if vector is not None and not vector.is_contiguous():
             fail(f"{name} with strides {vector.stride()} is not contiguous; pass {name}.contiguous()")
     actual = rows if num_actual_tokens is None else num_actual_tokens

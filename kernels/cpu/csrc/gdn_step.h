@@ -1,17 +1,26 @@
 // The recurrence token by token, on blocks of VL rows of the state, which stay in the first-level cache for all tokens.
 
-// Rows of the state as float, from or to the cache's dtype.
+// A row of the state as float, from or to the cache's dtype; what is VL rows further on will be needed next.
+template <class T> static inline void row_in(const T* from, int64_t k, float* to, int64_t kp) {
+    for (int64_t i = 0; i < kp; i += VL) {
+        __builtin_prefetch(from + VL * k + i, 1);
+        store(to + i, load_some(from + i, k - i));
+    }
+}
+template <class T> static inline void row_out(T* to, int64_t k, const float* from) {
+    for (int64_t i = 0; i < k; i += VL) store_some(to + i, load(from + i), k - i);
+}
 static inline void load_row(const Call& c, int64_t slot, int64_t head, int64_t v, float* to, int64_t kp) {
     const int64_t at = slot * c.ssm_slot + (head * c.v + v) * c.k;
-    for (int64_t i = 0; i < kp; i += VL) store(to + i, any_vector(c.ssm_state, c.state, at + i, c.k - i));
+    if (c.state == gdn::F32) row_in(reinterpret_cast<const float*>(c.ssm_state) + at, c.k, to, kp);
+    else if (c.state == gdn::BF16_) row_in(reinterpret_cast<const BF16*>(c.ssm_state) + at, c.k, to, kp);
+    else row_in(reinterpret_cast<const FP16*>(c.ssm_state) + at, c.k, to, kp);
 }
 static inline void store_row(const Call& c, int64_t slot, int64_t head, int64_t v, const float* from) {
     const int64_t at = slot * c.ssm_slot + (head * c.v + v) * c.k;
-    for (int64_t i = 0; i < c.k; i += VL) {
-        if (c.state == gdn::F32) store_some(reinterpret_cast<float*>(c.ssm_state) + at + i, load(from + i), c.k - i);
-        else if (c.state == gdn::BF16_) store_some(reinterpret_cast<BF16*>(c.ssm_state) + at + i, load(from + i), c.k - i);
-        else store_some(reinterpret_cast<FP16*>(c.ssm_state) + at + i, load(from + i), c.k - i);
-    }
+    if (c.state == gdn::F32) row_out(reinterpret_cast<float*>(c.ssm_state) + at, c.k, from);
+    else if (c.state == gdn::BF16_) row_out(reinterpret_cast<BF16*>(c.ssm_state) + at, c.k, from);
+    else row_out(reinterpret_cast<FP16*>(c.ssm_state) + at, c.k, from);
 }
 
 static int64_t step_bytes(const Call& c) {
@@ -112,7 +121,9 @@ template <class IO> static void run_steps(const Unit& u, Arena& arena) {
                         rows[j] = reinterpret_cast<float*>(c.ssm_state) + s.source * c.ssm_slot + (head * c.v + v0 + j) * c.k;
                         continue;
                     }
-                    rows[j] = v0 + j < c.v ? states + (h * u.vp + v0 + j) * u.kp : spare + j * u.kp;
+                    // Only a sequence that comes back for more tokens needs room for every row.
+                    const bool again = s.count > CHUNK && v0 + j < c.v;
+                    rows[j] = again ? states + (h * u.vp + v0 + j) * u.kp : spare + j * u.kp;
                     if (t0 > 0 && v0 + j < c.v) continue;
                     if (v0 + j < c.v && s.source >= 0) load_row(c, s.source, head, v0 + j, rows[j], u.kp);
                     else std::memset(rows[j], 0, size_t(u.kp) * 4);

@@ -1,7 +1,9 @@
-// The kernels for AVX2 with FMA and F16C.
+// The kernels; built once per instruction set, which the compiler's flags choose.
 #include "gdn.h"
 
+#if defined(__x86_64__)
 #include <immintrin.h>
+#endif
 
 #include <cmath>
 #include <cstdlib>

@@ -80,15 +80,18 @@ def compile_for(
                 f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=.*final_.*"
             )
         order = {"chip": chip, "problem": asdict(problem), "blocks": None if blocks is None else asdict(blocks)}
-        done = subprocess.run(
-            [sys.executable, "-m", __spec__.name, json.dumps(order)],
-            env=environment,
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", __spec__.name, json.dumps(order)],
+                env=environment,
+                cwd=folder,
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise TpuCompileError(f"{chip}: the compiler took more than {timeout:.0f} s on {problem}") from error
         answers = [line for line in done.stdout.split("\n") if line.startswith(RESULT)]
         if done.returncode or not answers:
             words = done.stderr.strip()[-3000:]

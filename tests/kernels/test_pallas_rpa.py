@@ -115,7 +115,8 @@ def kernel(layout, blocks, **options):
     """The kernel with its options bound, traced and compiled once for all batches of one shape."""
     if "sinks" in options:
         options["sinks"] = jnp.asarray(options["sinks"], jnp.float32)
-    interpret = pltpu.InterpretParams(detect_races=True)
+    # The seed shuffles the grid: steps are declared independent, so their order may not matter.
+    interpret = pltpu.InterpretParams(detect_races=True, random_seed=1)
     bound = functools.partial(
         ragged_paged_attention_lse, kv_layout=layout, blocks=blocks, interpret=interpret, **options
     )

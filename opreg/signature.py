@@ -96,6 +96,8 @@ class _Front:
 
     def _union(self, parameter: str, hint: Any) -> _Hint:
         inner = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+        if set(inner) == {int, float, bool}:
+            return _Hint(hint)  # the one union that torch has: a Scalar
         if len(inner) != 1 or len(inner) == len(typing.get_args(hint)):
             raise self.refuse(parameter, f"is a union: {hint}", "torch schemas know one type or 'type | None'")
         found = self.take_apart(parameter, inner[0])
@@ -297,7 +299,7 @@ def _check_default(parameter: inspect.Parameter) -> None:
     allowed = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}
     inner = [arg for arg in typing.get_args(parameter.annotation) if arg is not type(None)] or [parameter.annotation]
     default = parameter.default
-    if default is parameter.empty or default is None or inner[0] not in allowed:
+    if default is parameter.empty or default is None or inner[0] not in allowed or len(inner) > 1:
         return
     if not isinstance(default, allowed[inner[0]]) or (isinstance(default, bool) and inner[0] is not bool):
         raise TypeError(f"default {default!r} is no {inner[0].__name__}")

@@ -1,0 +1,74 @@
+"""A second compilation takes every piece from Inductor's cache; a changed one misses, a corrupt one is rebuilt."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+LIB = torch.library.Library("opreg_warm", "DEF")
+LIB.define("core(Tensor x, str name) -> Tensor")
+LIB.impl("core", lambda x, name: x + 1, "CompositeExplicitAutograd")
+torch.library.register_fake("opreg_warm::core", lambda x, name: torch.empty_like(x), lib=LIB)
+core = torch.ops.opreg_warm.core
+X = torch.arange(12.0).reshape(3, 4)
+pytestmark = pytest.mark.slow
+
+
+def first(x: torch.Tensor) -> torch.Tensor:
+    for i in range(4):
+        x = core(torch.sin(x) * 2, f"layers.{i}")
+    return x
+
+
+def renamed(hidden: torch.Tensor) -> torch.Tensor:
+    number_of_layers = 4
+    for layer in range(number_of_layers):
+        doubled = torch.sin(hidden) * 2
+        hidden = core(doubled, f"model.layers.{layer}.attention")
+    return hidden
+
+
+def changed(x: torch.Tensor) -> torch.Tensor:
+    for i in range(4):
+        x = core(torch.sin(x) * 3, f"layers.{i}")
+    return x
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    yield tmp_path
+    torch._dynamo.reset()
+
+
+def hits_and_misses(fn: Any) -> tuple[int, int]:
+    """Compile as a new process would, with nothing but the files of the cache."""
+    from torch._inductor.codecache import PyCodeCache
+
+    torch._dynamo.reset()
+    PyCodeCache.cache_clear()
+    counters.clear()
+    with torch.no_grad():
+        made = torch.compile(fn, backend="opreg", options={"split_on": ["opreg_warm::core"]}, dynamic=False)
+        torch.testing.assert_close(made(X), fn(X))
+    found = counters["inductor"]
+    return found["fxgraph_cache_hit"], found["fxgraph_cache_miss"]
+
+
+def test_everything_is_reused_and_only_what_changed_is_compiled(cache: Path) -> None:
+    assert hits_and_misses(first) == (0, 1), "all four pieces before a split are one"
+    assert hits_and_misses(first) == (1, 0)
+    assert hits_and_misses(renamed) == (1, 0), "names of variables and of layers are not part of a piece"
+    assert hits_and_misses(changed) == (0, 1)
+
+
+def test_a_corrupt_artifact_is_rebuilt(cache: Path) -> None:
+    assert hits_and_misses(first) == (0, 1)
+    artifacts = [p for p in (cache / "fxgraph").rglob("*") if p.is_file()]
+    assert artifacts
+    for path in artifacts:
+        path.write_bytes(b"\x80garbage" + path.read_bytes()[:20])
+    assert hits_and_misses(first) == (0, 1)

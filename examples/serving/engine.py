@@ -43,7 +43,6 @@ class Run:
     """What happened while a list of requests was served."""
 
     requests: list[Request]
-    seconds: float = 0.0
     steps: list[dict[str, int]] = field(default_factory=list)  # per step: tokens of each request by name
     peak_pages: int = 0
 
@@ -73,11 +72,9 @@ class Engine:
         for request in requests:
             scheduler.add(request)
         run = Run(requests)
-        start = time.perf_counter()
         while chunks := scheduler.plan():
             run.steps.append({chunk.request.name: chunk.count for chunk in chunks})
             scheduler.commit(chunks, self._run(chunks))
-        run.seconds = time.perf_counter() - start
         run.peak_pages = scheduler.peak_pages
         return run
 

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 from transformers import Qwen3NextForCausalLM
 
 from .scheduler import Request
 
 
-def one_by_one(model: Qwen3NextForCausalLM, requests: list[Request]) -> tuple[list[list[int]], float]:
-    """Greedy tokens of each request, generated one prompt after another, and the seconds it took."""
-    start = time.perf_counter()
-    generated = [_generate(model, [request], request.max_new_tokens)[0] for request in requests]
-    return generated, time.perf_counter() - start
+def one_by_one(model: Qwen3NextForCausalLM, requests: list[Request]) -> list[list[int]]:
+    """Greedy tokens of each request, generated one prompt after another."""
+    return [_generate(model, [request], request.max_new_tokens)[0] for request in requests]
 
 
-def one_batch(model: Qwen3NextForCausalLM, requests: list[Request]) -> tuple[list[list[int]], float]:
+def one_batch(model: Qwen3NextForCausalLM, requests: list[Request]) -> list[list[int]]:
     """The same with all prompts padded on the left to one batch, which runs until the longest answer is done."""
-    start = time.perf_counter()
     generated = _generate(model, requests, max(request.max_new_tokens for request in requests))
-    seconds = time.perf_counter() - start
-    return [tokens[: request.max_new_tokens] for tokens, request in zip(generated, requests, strict=True)], seconds
+    return [tokens[: request.max_new_tokens] for tokens, request in zip(generated, requests, strict=True)]
 
 
 def _generate(model: Qwen3NextForCausalLM, requests: list[Request], new_tokens: int) -> list[list[int]]:

@@ -36,6 +36,8 @@ TWO_THREADS = pytest.mark.parametrize("threads", [2], indirect=True, ids=["2thre
 def dense(batch: Batch, options: Options) -> tuple[Tensor, Tensor]:
     """Attention as one masked softmax per sequence, in float64."""
     q, kv_pages, kv_lens, table, cu, num_seqs = batch
+    if kv_pages.element_size() == 1:
+        kv_pages = kv_pages.double()  # torch before 2.9 cannot index 8-bit floats
     if options.kv_layout == "HND":
         kv_pages = kv_pages.transpose(1, 2)
     size, window = kv_pages.shape[1], options.sliding_window

@@ -8,23 +8,12 @@ from __future__ import annotations
 import operator
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch.fx import Node
 
-from opreg.graph_ops import INPLACE_OPERATORS, RESHAPING, TUPLE_VIEWS, VIEWS, name_of, schema_of, value_of
+from opreg.graph_ops import INPLACE_OPERATORS, RESHAPING, TUPLE_VIEWS, VIEWS, name_of, schema_of, storages, value_of
 
 if TYPE_CHECKING:
     from opreg.graph_plan import Plan
-
-
-def _storages(value: Any) -> set[int]:
-    """Identities of the storages of a fake value, a tuple's elements included."""
-    if isinstance(value, torch.Tensor):
-        # Sparse and opaque layouts have no storage; they have no views either.
-        return {value.untyped_storage()._cdata} if value.layout == torch.strided else set()
-    if isinstance(value, tuple | list) and not isinstance(value, torch.Size):
-        return set().union(*(_storages(v) for v in value))
-    return set()
 
 
 def _is_view(node: Any) -> bool:
@@ -55,7 +44,7 @@ def _shares(node: Any, other: Any) -> bool:
     if mine is None or theirs is None:
         source = node.kwargs.get("out", node.args[0] if node.args else None)
         return source is other and (_is_view(node) or _returns_argument(node))
-    return not _storages(mine).isdisjoint(_storages(theirs))
+    return not storages(mine).isdisjoint(storages(theirs))
 
 
 def _parent(node: Any) -> Any:

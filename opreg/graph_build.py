@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import keyword
 import operator
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -83,7 +84,7 @@ class _Owner(torch.nn.Module):
 
 
 def _identifier(name: str) -> str:
-    return name if name.isidentifier() and not keyword.iskeyword(name) else f"in_{abs(hash(name))}"
+    return name if name.isidentifier() and not keyword.iskeyword(name) else "in_" + re.sub(r"\W", "_", name)
 
 
 _OPERATORS = {operator.add: "+", operator.sub: "-", operator.mul: "*", operator.floordiv: "//"}

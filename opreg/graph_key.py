@@ -10,7 +10,7 @@ import torch
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import GraphModule, Node
 
-from opreg.graph_ops import OpFacts, name_of, value_of
+from opreg.graph_ops import OpFacts, name_of, storages, value_of
 from opreg.graph_plan import Piece, Plan, Step
 
 
@@ -56,7 +56,11 @@ class Keys:
         drafts = [self._draft(piece) for piece in pieces]
         self.outside([self.plan.output.args] if self.plan.output is not None else [], self.plan.tail)
         needed = self.needed
+        writers = {self.plan.piece_of.get(node) for node, _ in self.plan.mutations}
         for piece, (tokens, holes, metas, local) in zip(pieces, drafts, strict=True):
+            if piece.index in writers and not piece.split:
+                # A compiler treats inputs that share storage apart where one of them is written.
+                metas.append(_shared(piece.inputs))
             piece.exports = [s for s in piece.steps if s in needed and self.plan.piece_of.get(s) == piece.index]
             ends = tuple([local[s] for s in piece.exports])
             piece.key = (tuple(tokens), tuple(metas), ends, tuple(holes))
@@ -217,6 +221,16 @@ class Keys:
                 value = self.attribute(node.target)
             found = self._metas[node] = meta_key(value)
         return found
+
+
+def _shared(inputs: Iterable[Any]) -> tuple[int, ...]:
+    """For each input the first one that shares its storage."""
+    first: dict[int, int] = {}
+    found: list[int] = []
+    for i, node in enumerate(inputs):
+        owners = storages(value_of(node))
+        found.append(first.setdefault(owners.pop(), i) if len(owners) == 1 else i)
+    return tuple(found)
 
 
 def meta_key(value: Any) -> Any:

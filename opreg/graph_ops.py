@@ -27,7 +27,10 @@ VIEWS = frozenset(
 )
 # The part of VIEWS that returns a tuple; used only for graphs without fake values.
 TUPLE_VIEWS = frozenset("chunk split split_with_sizes tensor_split hsplit vsplit dsplit unbind".split())
-SIZES = frozenset("size stride storage_offset dim ndimension numel element_size shape ndim dtype device layout".split())
+SIZES = frozenset(
+    "size stride storage_offset dim ndimension numel element_size shape ndim dtype device layout "
+    "sym_size sym_stride sym_numel sym_storage_offset".split()
+)
 ARITHMETIC: frozenset[Any] = frozenset(
     [
         *(getattr(operator, n) for n in "add sub mul floordiv truediv mod pow neg pos abs lt le gt ge eq ne".split()),
@@ -136,6 +139,16 @@ def value_of(node: Any) -> Any:
     """The fake value Dynamo or make_fx left on a node, or None."""
     meta = node.meta
     return meta["example_value"] if "example_value" in meta else meta.get("val")
+
+
+def storages(value: Any) -> set[int]:
+    """Identities of the storages of a fake value, a tuple's elements included."""
+    if isinstance(value, torch.Tensor):
+        # Sparse and opaque layouts have no storage; they have no views either.
+        return {value.untyped_storage()._cdata} if value.layout == torch.strided else set()
+    if isinstance(value, tuple | list) and not isinstance(value, torch.Size):
+        return set().union(*(storages(v) for v in value))
+    return set()
 
 
 def _known_names() -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 
 from opreg.graph_alias import replay_views
 from opreg.graph_ops import CHEAP, COMPUTE, ITEM, SET_GRAD, SPLIT, OpFacts, keyword_mutation, value_of
@@ -108,6 +108,7 @@ def make_plan(graph: Graph, targets: Mapping[Any, str]) -> Plan:
     _cross_tuples(plan)
     for node in plan.modules:
         _replay(plan, node)
+        _note_inner_splits(plan, node, targets)
     order = {node: position for position, node in enumerate(graph.nodes)} if plan.replays else {}
     for index, nodes in plan.replays.items():
         first = sorted(nodes, key=order.__getitem__)
@@ -243,6 +244,18 @@ def _attribute_is_module(graph: Graph, node: Node) -> bool:
     for part in str(node.target).split("."):
         owner = getattr(owner, part, None)
     return isinstance(owner, torch.nn.Module)
+
+
+def _note_inner_splits(plan: Plan, node: Node, targets: Mapping[Any, str]) -> None:
+    """A sub-graph (a checkpointed layer, a branch of cond) is one call: what is inside runs where the call runs."""
+    owner: Any = plan.graph.owning_module
+    for part in str(node.target).split("."):
+        owner = getattr(owner, part, None)
+    if not isinstance(owner, GraphModule):
+        return
+    inside = {targets[n.target] for n in owner.graph.nodes if n.op == "call_function" and n.target in targets}
+    for name in sorted(inside):
+        plan.notes.append(f"not split at {name} inside of {node.name}, which is a single call")
 
 
 def _kind_of_getitem(plan: Plan, node: Node, waiting: set[Any]) -> int:

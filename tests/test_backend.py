@@ -204,7 +204,7 @@ def test_one_graph_serves_many_sizes(inner: str, functional: bool) -> None:
     assert last_report() is compiled_once, "no size compiled anything again"
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_gradients_flow_through_pieces_and_splits(inner: str) -> None:
     model, x = Model(4, functional=True), torch.randn(5, 8)
     fn = compiled(model, inner)

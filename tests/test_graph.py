@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch.fx import Graph, GraphModule, symbolic_trace
 
 from opreg.errors import UnknownOpError
@@ -271,6 +272,36 @@ def test_dtypes_strides_and_gradients_keep_pieces_apart() -> None:
     assert "input 0 is float64[3, 3]" in whys[2]
     assert "strides (1, 3)" in whys[3]
     assert "with gradient" in whys[4]
+
+
+def test_inputs_that_share_storage_keep_a_writing_piece_apart() -> None:
+    def fn(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        for a, b in ((x, y), (x, x.view(4, 3))):
+            out = ns.pair(a)[0]
+            a.mul_(2)
+            x = ns.pair(b + out)[0]
+        return x
+
+    split = split_graph(trace(fn, X.clone(), X + 1), on=["opreg_graph::pair"])
+    writing = [p for p in split.pieces if not p.split]
+    assert len({p.key for p in writing}) == len(writing) == 2
+
+
+def test_a_split_inside_a_checkpoint_is_reported() -> None:
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        return ns.pair(torch.sin(x))[0] * 2
+
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(2):
+            x = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+            x = ns.pair(x)[1]
+        return x
+
+    gm = trace(fn, X)
+    split = split_graph(gm, on=["opreg_graph::pair"])
+    assert any("not split at opreg_graph::pair inside of wrap_body" in note for note in split.report().notes)
+    assert kinds(split) == "CSCS"
+    same(split, gm, X)
 
 
 def test_unknown_names_are_refused_with_the_nearest() -> None:

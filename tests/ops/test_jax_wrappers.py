@@ -1,0 +1,50 @@
+"""The shipped ops with JAX kernels: every kernel against the reference, gradients, edge cases."""
+
+import jax.numpy as jnp
+import opreg.ops.grouped_matmul as grouped
+import opreg.ops.segment_sum as segments
+import pytest
+import torch
+
+import opreg
+
+assert jnp  # the kernels under test need jax
+
+KERNELS = {
+    segments.segment_sum: ("cpu/segment_sum", "pallas/segment_sum"),
+    grouped.grouped_matmul: ("cpu/grouped_matmul", "pallas/ragged_dot", "pallas/megablox"),
+}
+
+
+@pytest.mark.parametrize(("op", "kernel"), [(op, kernel) for op, names in KERNELS.items() for kernel in names])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_kernel_agrees_with_the_reference(op, kernel, dtype):
+    ran = 0
+    for call in op.samples(dtype=dtype):
+        if kernel.endswith("megablox") and grouped.why_not_megablox(**call):
+            continue
+        with opreg.use_kernel(op.name, kernel):
+            got = op(**call)
+        with opreg.use_kernel(op.name, "reference"):
+            want = op(**call)
+        assert got.dtype is dtype
+        torch.testing.assert_close(got, want, rtol=2e-2 if dtype is torch.bfloat16 else 1e-5, atol=1e-5)
+        ran += 1
+    assert ran
+
+
+def test_gradients():
+    data = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
+    ids = torch.tensor([0, 2, -1, 1, 5, 0])
+    assert torch.autograd.gradcheck(lambda x: segments.segment_sum(x, ids, 3), (data,))
+    lhs = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    rhs = torch.randn(2, 3, 2, dtype=torch.float64, requires_grad=True)
+    sizes = torch.tensor([3, 1])
+    assert torch.autograd.gradcheck(lambda a, b: grouped.grouped_matmul(a, b, sizes), (lhs, rhs))
+
+
+def test_the_jax_kernel_is_listed_and_refuses_with_a_reason():
+    call = next(iter(grouped.grouped_matmul.samples()))
+    text = str(grouped.grouped_matmul.explain(**call))
+    assert "pallas/megablox: refused (wants multiples of 128, but m is 9, k is 8, n is 6)" in text
+    assert "cpu/grouped_matmul: used" in text

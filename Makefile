@@ -70,8 +70,9 @@ lane-ipex: .venv-ipex/$(STAMP)
 	.venv-ipex/bin/pytest $(SAME)
 	.venv-ipex/bin/pytest tests/lanes/ipex
 
+# The Pallas kernels' own tests need the interpreter of jax 0.10 (races, waits); this lane's torch_xla brings 0.7.1.
 lane-xla: .venv-xla/$(STAMP)
-	PJRT_DEVICE=CPU .venv-xla/bin/pytest $(SAME)
+	PJRT_DEVICE=CPU .venv-xla/bin/pytest $(SAME) --ignore-glob='tests/kernels/test_pallas_*'
 	PJRT_DEVICE=CPU .venv-xla/bin/pytest tests/lanes/xla
 
 .venv/$(STAMP): pyproject.toml

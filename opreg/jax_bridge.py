@@ -214,13 +214,14 @@ def _take_apart(value: Any, tensors: list[torch.Tensor]) -> tuple[Any, ...]:
         return ("dict", tuple(value.keys()), tuple([_take_apart(item, tensors) for item in value.values()]))
     if isinstance(value, tuple):
         return ("class", kind, tuple([_take_apart(item, tensors) for item in value]))
+    if isinstance(value, types.FunctionType):  # before the look at __module__, which Dynamo 2.9 cannot take of its type
+        torch._dynamo.comptime.comptime(_note_value)
+        return ("static", value)
     if kind.__module__ == "numpy":
         tensors.append(torch.as_tensor(value))
         return ("operand", len(tensors) - 1)
     if kind is int:
         return ("static", operator.index(value))  # a symbolic integer becomes its number, with a guard
-    if isinstance(value, types.FunctionType):
-        torch._dynamo.comptime.comptime(_note_value)
     return ("static", value)
 
 

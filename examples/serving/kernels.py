@@ -13,6 +13,7 @@ from opreg.ops import (
     ragged_paged_attention,
 )
 
+REFERENCE = "reference"
 LOG = logging.getLogger("opreg")
 OPS = (gdn_attention_core, gdn_attention, paged_attention_core, kv_cache_update, ragged_paged_attention)
 
@@ -34,7 +35,9 @@ class KernelLog(logging.Handler):
             said = f"{op.name} on cpu runs "
             ran = [line.removeprefix(said) for line in self.lines if line.startswith(said)]
             selected = op.explain().selected
-            rows.append((op.name, ", ".join(ran) or (selected.name if selected else "none")))
+            names = ran or [selected.name if selected else "none"]
+            # The body of a layer op only looks up its layer and calls the next op of this table.
+            rows.append((op.name, ", ".join("reference (its body)" if name == REFERENCE else name for name in names)))
         return rows
 
     def refusals(self) -> list[str]:

@@ -1,0 +1,71 @@
+"""The Pallas kernel under the real TPU compiler: all chips with default blocks, and figures that may not get worse."""
+
+import json
+from pathlib import Path
+
+import jax
+import libtpu
+import pytest
+from opreg.kernels.pallas.rpa_blocks import VMEM_BYTES
+from opreg.kernels.pallas.tpu_compile import Problem, TpuCompileError, compile_for
+from opreg.kernels.pallas.tpu_figures import measure, tile_blocks
+
+KEPT = json.loads((Path(__file__).parent / "figures.json").read_text())
+CHIPS = sorted(VMEM_BYTES)
+
+# A tile's bundles differ by under 1% between programs that mean the same; 3% is a real change.
+WORSE = 1.03
+
+SMALL = {"tokens": 64, "sequences": 8, "pages": 64, "pages_per_sequence": 8}
+
+VARIANTS = {
+    "every option": Problem(**SMALL, sliding_window=200, soft_cap=30.0, sinks=True, lse=True),
+    "token-major": Problem(**SMALL, layout="NHD"),
+    "float32": Problem(**SMALL, q_dtype="float32", kv_dtype="float32", query_heads=8, kv_heads=2),
+    "float8 pages": Problem(**SMALL, kv_dtype="float8_e4m3fn"),
+    "token-major int8": Problem(**SMALL, layout="NHD", kv_dtype="int8"),
+    "odd heads, narrow": Problem(**SMALL, query_heads=6, kv_heads=2, head_dim=64),
+    "one KV head": Problem(**SMALL, query_heads=8, kv_heads=1),
+    "pages of 16": Problem(**SMALL, page_size=16),
+    "update": Problem(**SMALL, update=True),
+    "update, token-major float8": Problem(**SMALL, update=True, layout="NHD", kv_dtype="float8_e5m2"),
+}
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_default_blocks_fit_every_chip(chip):
+    """The whole Llama 3 8B call; temporary memory would mean that the cache is copied."""
+    compiled = compile_for(chip, Problem())
+    assert compiled.temporary_bytes < 2**20
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+@pytest.mark.parametrize("name", sorted(VARIANTS))
+def test_variants_compile(chip, name):
+    compile_for(chip, VARIANTS[name])
+
+
+@pytest.mark.parametrize("name", sorted(KEPT["figures"]))
+def test_figures_are_not_worse(name):
+    kept = KEPT["figures"][name]
+    assert (jax.__version__, libtpu.__version__) == (KEPT["jax"], KEPT["libtpu"]), "figures are of another compiler"
+    chip, layout = name.split()
+    now = measure(chip, Problem(layout=layout), tile_blocks(chip))
+    for figure in ("inside", "masked", "decode_product", "decode_sequence"):
+        assert getattr(now, figure) <= kept[figure] * WORSE, (name, figure, now)
+
+
+def test_the_targets_that_were_set():
+    """What issue 5 asks for, of the figures as kept."""
+    v6e, v7x, v5e = (KEPT["figures"][f"{chip} HND"] for chip in ("v6e", "7x", "v5e"))
+    assert v6e["inside"] <= 9_500
+    assert v6e["masked"] <= 10_500
+    assert v7x["inside"] <= 9_800
+    assert v5e["inside"] <= v5e["matrix_bound"]
+    for kept in (v6e, v7x, v5e):
+        assert max(kept["decode_sequence"], kept["copy_floor"]) <= 1.2 * kept["copy_floor"]
+
+
+def test_what_the_compiler_says_reaches_the_caller():
+    with pytest.raises(TpuCompileError, match=r"(?s)v4: the compiler ended.*at most 128 \(split the heads"):
+        compile_for("v4", Problem(**SMALL, query_heads=256))

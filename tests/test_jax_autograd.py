@@ -24,7 +24,7 @@ def flat(result):
     return tuple(result.values()) if isinstance(result, dict) else result
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.complex128, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_gradcheck_first_and_second_order(name, dtype):
     fn, shapes = FUNCTIONS[name]
@@ -35,6 +35,10 @@ def test_gradcheck_first_and_second_order(name, dtype):
 
     assert torch.autograd.gradcheck(call, args)
     assert torch.autograd.gradgradcheck(call, args)
+
+
+def test_gradients_of_complex_functions():
+    test_gradcheck_first_and_second_order("product", torch.complex128)
 
 
 def test_only_what_needs_a_gradient_gets_one():
@@ -116,7 +120,7 @@ def test_vmap_and_functional_gradients():
     torch.testing.assert_close(hessian, torch.diag(6 * b))
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_module_with_a_jax_layer_trains_like_the_torch_one(compiled):
     def layer(x, w, b):
         return jnp.maximum(x @ w + b, 0)

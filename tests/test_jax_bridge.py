@@ -137,7 +137,7 @@ def test_frozen_dataclasses_with_equal_but_different_fields_are_different():
         torch.float8_e5m2,
     ],
 )
-@pytest.mark.parametrize("size", [8, 40_000])  # copied out, taken over
+@pytest.mark.parametrize("size", [8, pytest.param(40_000, marks=pytest.mark.slow)])  # copied out, taken over
 def test_every_dtype_comes_back_exactly(dtype, size):
     x = (torch.arange(size) % 5).to(dtype)
     out = opreg.call_jax(lambda a, b: (a, jnp.stack([b, b])), (x, x))
@@ -145,6 +145,11 @@ def test_every_dtype_comes_back_exactly(dtype, size):
         assert out[0].dtype == out[1].dtype == dtype
         assert torch.equal(out[0].view(torch.uint8), x.view(torch.uint8))
         assert torch.equal(out[1][1].view(torch.uint8), x.view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.float8_e5m2])
+def test_large_results_come_back_exactly(dtype):
+    test_every_dtype_comes_back_exactly(dtype, 40_000)
 
 
 def test_64_bit_values_are_exact_and_the_mode_stays_inside_the_call():

@@ -81,7 +81,7 @@ def test_dynamo_makes_one_graph(name):
     assert sum(node.target is library.overload("opreg::jax_call") for node in graphs[0].graph.nodes) == 1
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_inductor_equals_eager(dynamic):
     def model(x, y):
         both = opreg.call_jax(split_up, (x * 2, 3), {"y": y})
@@ -97,12 +97,12 @@ def test_inductor_equals_eager(dynamic):
 @pytest.mark.parametrize(
     ("fn", "sizes"),
     [
-        (lambda x: x + 1, "n"),
+        pytest.param(lambda x: x + 1, "n", marks=pytest.mark.slow),
         (lambda x: jnp.concatenate([x, x, x[:1]]), "2 * n + 1"),
-        (lambda x: x[::2], "(n + 1) // 2"),
+        pytest.param(lambda x: x[::2], "(n + 1) // 2", marks=pytest.mark.slow),
         (lambda x: x[: x.shape[0] // 3], "n // 3"),
         (lambda x: jnp.pad(x, ((2, 3), (0, 0)))[:8], "min(n + 5, 8)"),
-        (lambda x: x.reshape(-1), "n * 4"),
+        pytest.param(lambda x: x.reshape(-1), "n * 4", marks=pytest.mark.slow),
         (lambda x: jnp.zeros((x.shape[0] % 5 + 1, 2)), "n % 5 + 1"),
         (lambda x: jnp.ones((x.shape[0] ** 2,)), "n ** 2"),
     ],
@@ -256,7 +256,10 @@ SAMPLES = {
 }
 
 
-@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("gradients", "integers") else pytest.param(name, marks=pytest.mark.slow) for name in SAMPLES],
+)
 def test_opcheck(name):
     fn, tensors = SAMPLES[name]
     function = jax_bridge.find_function(fn)

@@ -14,7 +14,7 @@ from ..op import Op
 from .compare import difference
 from .eager import Crashed, Outcome, Refused, describe, run, seeded
 from .fakes import row_dims
-from .outputs import outputs
+from .outputs import outputs, overwritten
 from .samples import Call, restore_state, tensors_of
 
 BACKENDS = ("aot_eager", "inductor")
@@ -82,6 +82,11 @@ def check_fresh_outputs(op: Op[Any, Any], call: Call, backend: str) -> str | Non
     made = [arg.name for arg in op.spec.args if arg.mutated and not arg.layer]
     if not made or {arg.name for arg in outputs(op)} != set(made):
         return None
+    try:
+        if not overwritten(op, op.overload, call):
+            return None
+    except (Refused, Crashed):
+        return None  # reported by the eager checks
     places = [index for index, arg in enumerate(op.spec.args) if arg.name in made]
     inner = of_tensors(op, call.args)
 

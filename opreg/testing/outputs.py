@@ -89,6 +89,15 @@ def check_outputs(op: Op[Any, Any], fn: Callable[..., Any], call: Call) -> Itera
                 )
 
 
+def overwritten(op: Op[Any, Any], fn: Callable[..., Any], call: Call) -> bool:
+    """Whether what the mutated outputs held before makes no difference: only then may they be made by torch.empty."""
+    runs = []
+    for which in (0, 1):
+        args = _poisoned(op, call, outputs(op), which)
+        runs.append(run(op, fn, call, args).all)
+    return all(bool(_same(one, other).all()) for one, other in zip(*runs, strict=True))
+
+
 def check_results(op: Op[Any, Any], fn: Callable[..., Any], call: Call) -> Iterator[tuple[str, str]]:
     """Results that are memory from torch.empty: with such memory filled by torch (NaN, largest integer) they change."""
     if not op.spec.returns or torch.Tag.nondeterministic_seeded in op.spec.tags:

@@ -31,7 +31,11 @@ def grouped_matmul(
 
 
 def why_not_megablox(lhs: Tensor, rhs: Tensor, group_sizes: Tensor) -> str | None:
-    """megablox works on tiles of 128 by 128."""
+    """megablox works on tiles of 128 by 128 of float32 or bfloat16, and indexes the first group."""
+    if lhs.dtype not in (torch.float32, torch.bfloat16):
+        return f"wants float32 or bfloat16, but lhs is {lhs.dtype}"
+    if not rhs.shape[0]:
+        return "there are no groups"
     sizes = {"m": lhs.shape[0], "k": lhs.shape[1], "n": rhs.shape[2]}
     odd = [f"{name} is {size}" for name, size in sizes.items() if size % 128 or not size]
     return f"wants multiples of 128, but {', '.join(odd)}" if odd else None
@@ -39,10 +43,10 @@ def why_not_megablox(lhs: Tensor, rhs: Tensor, group_sizes: Tensor) -> str | Non
 
 grouped_matmul.register_kernel("cpu", "opreg.kernels.cpu.grouped_matmul:grouped_matmul")
 grouped_matmul.register_kernel(
-    ("cpu", "xla", "tpu"), from_jax("opreg.kernels.pallas.grouped_matmul:ragged_dot"), requires="jax", priority=-10
+    ("cpu", "xla"), from_jax("opreg.kernels.pallas.grouped_matmul:ragged_dot"), requires="jax", priority=-10
 )
 grouped_matmul.register_kernel(
-    ("tpu", "cpu"),
+    "cpu",
     from_jax("opreg.kernels.pallas.grouped_matmul:megablox"),
     requires="jax",
     why_not=why_not_megablox,

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from .jax_bridge import jax_cache_limits as jax_cache_limits
     from .jax_bridge import register_jax_op as register_jax_op
     from .op import register_op as register_op
+    from .recompiles import RecompileError as RecompileError
+    from .recompiles import compiled_graphs as compiled_graphs
+    from .recompiles import no_recompiles as no_recompiles
     from .select import use_kernel as use_kernel
     from .spec import like as like
 
@@ -55,6 +58,9 @@ _HOME = {
     "jax_cache_limits": "jax_bridge",
     "register_jax_op": "jax_bridge",
     "register_op": "op",
+    "RecompileError": "recompiles",
+    "compiled_graphs": "recompiles",
+    "no_recompiles": "recompiles",
     "use_kernel": "select",
     "like": "spec",
 }
@@ -67,9 +73,9 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
         globals()[name] = value
         return value
-    if name == "backend":
+    if name in ("backend", "profile", "transfer"):
         # torch.compile(backend=opreg.backend) reads naturally, and `import opreg.backend` gives the same module.
-        return importlib.import_module(".backend", __name__)
+        return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module 'opreg' has no attribute '{name}'")
 
 

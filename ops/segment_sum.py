@@ -29,7 +29,7 @@ def segment_sum(
 
 segment_sum.register_kernel("cpu", "opreg.kernels.cpu.segment_sum:segment_sum")
 segment_sum.register_kernel(
-    ("cpu", "xla", "tpu"), from_jax("opreg.kernels.pallas.segment_sum:segment_sum"), requires="jax", priority=-10
+    ("cpu", "xla"), from_jax("opreg.kernels.pallas.segment_sum:segment_sum"), requires="jax", priority=-10
 )
 
 

@@ -151,7 +151,8 @@ def _gather(
     dk = dk + de * _wide(erase)
 
     def over_heads(x: Tensor, like: Tensor) -> Tensor:
-        return x.unflatten(2, (like.shape[2], -1)).sum(3).to(like.dtype)
+        summed: Tensor = x.unflatten(2, (like.shape[2], -1)).sum(3)
+        return summed.to(like.dtype)
 
     def over_channels(x: Tensor, like: Tensor) -> Tensor:
         return (x if like.dim() == 4 else x.sum(-1)).to(like.dtype)
@@ -173,9 +174,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad_out: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    found = gated_delta_rule_backward(grad_out, grad_state, *saved, ctx.scale)
-    initial = None if saved[6] is None else found[6].to(saved[6].dtype)
+    q, k, v, decay, erase, write, start = ctx.saved_tensors
+    found = gated_delta_rule_backward(grad_out, grad_state, q, k, v, decay, erase, write, start, ctx.scale)
+    initial = None if start is None else found[6].to(start.dtype)
     return (*found[:6], initial, None)
 
 
@@ -215,7 +216,7 @@ def make_rule_call(
 
 @gated_delta_rule.register_inputs
 def _inputs(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[dict[str, Any]]:
-    common = {"device": device, "dtype": dtype, "generator": generator}
+    common: dict[str, Any] = {"device": device, "dtype": dtype, "generator": generator}
     yield make_rule_call((2, 5, 2, 4, 16, 32), **common)
     yield {**make_rule_call((1, 40, 1, 3, 24, 20), (True, False, False), state=False, **common), "scale": 0.5}
     yield make_rule_call((1, 37, 2, 2, 16, 16), (True, True, True), **common)

@@ -113,7 +113,8 @@ def gated_delta_rule_backward(
         return gate if dims == 4 else gate.unsqueeze(-1)
 
     def over_heads(x: Tensor) -> Tensor:
-        return x.unflatten(2, (heads, -1)).sum(3)
+        summed: Tensor = x.unflatten(2, (heads, -1)).sum(3)
+        return summed
 
     def over_channels(x: Tensor, like: Tensor) -> Tensor:
         return (x if like.dim() == 4 else x.sum(-1)).to(like.dtype)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .. import fake, library, registry, select
+from .. import fake, registry, select
 from ..errors import OpregError, UnknownOpError
 from ..op import Op
 from ..spec import REFERENCE, KernelSpec
@@ -18,40 +18,8 @@ from . import compiled, eager, fakes, gradients, outputs, variants
 from .compare import difference
 from .eager import Crashed, Refused
 from .report import FAILED, OK, SKIPPED, Report
-from .samples import Call, registered_calls, restore_state, tensors_of
-
-ORDER = (
-    "inputs",
-    "contract",
-    "opcheck",
-    "writes",
-    "aliasing",
-    "outputs",
-    "state",
-    "layouts",
-    "fake",
-    "symbolic",
-    "repeat",
-    "compile",
-    "gradients",
-    "vmap",
-)
-"""Checks in the order of the report; the kernels follow."""
-
-
-class _Tally:
-    """Passes and findings per check; of several findings the report shows the first."""
-
-    def __init__(self) -> None:
-        self.passed: dict[str, int] = {}
-        self.found: dict[str, list[tuple[str, str]]] = {}
-        self.skipped: dict[str, str] = {}
-
-    def record(self, check: str, where: str, problem: str | None) -> None:
-        if problem is None:
-            self.passed[check] = self.passed.get(check, 0) + 1
-        else:
-            self.found.setdefault(check, []).append((where, problem))
+from .samples import Call, registered_calls, tensors_of
+from .tally import ORDER, Tally
 
 
 class Checker:
@@ -61,7 +29,7 @@ class Checker:
         self, op: Op[Any, Any], device: str, seed: int, kernel: str | None, index: int | None, compilers: bool
     ) -> None:
         self.op, self.device, self.seed, self.index, self.compilers = op, device, seed, index, compilers
-        self.tally = _Tally()
+        self.tally = Tally()
         self.report = Report(op.name, device, seed)
         self.kernels: list[KernelSpec] = []
         self.refused: dict[str, str] = {}
@@ -136,7 +104,7 @@ class Checker:
         self._eager(call, where, dtype, expected, thorough=main)
         if main:
             if self.compilers:
-                self.tally.record("opcheck", where, self._opcheck(call))
+                self.tally.record("opcheck", where, compiled.check_opcheck(op, call))
             self._symbolic(call, where)
         if deep:
             for variant in self._variants(call):
@@ -313,22 +281,6 @@ class Checker:
             yield from (call.args for call in made)
 
     # Compilers.
-
-    def _opcheck(self, call: Call) -> str | None:
-        op = self.op
-        args, saved = call.fresh(), call.save_state()
-        named = {arg.name: value for arg, value in zip(op.spec.args, args, strict=True)}
-        keywords = {arg.name: named.pop(arg.name) for arg in op.spec.args if arg.keyword_only}
-        try:
-            with eager.seeded():
-                found = library.opcheck(op.overload, tuple(named.values()), keywords)
-        finally:
-            restore_state(saved)
-        failed = {name: text for name, text in found.items() if text != "SUCCESS"}
-        if not failed:
-            return None
-        name, text = next(iter(failed.items()))
-        return f"torch.library.opcheck, {name}: {(text.strip().splitlines() or [''])[0][:300]}"
 
     def _symbolic(self, call: Call, where: str) -> None:
         op = self.op

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from .. import fake
+from .. import fake, library
 from ..errors import ContractError
 from ..op import Op
 from .compare import difference
@@ -52,6 +52,27 @@ def _outcome(op: Op[Any, Any], fn: Callable[..., Any], call: Call) -> Outcome:
         return Outcome(tensors_of(result), written, [tensor.clone() for tensor in call.state.values()])
     finally:
         restore_state(saved)
+
+
+def check_opcheck(op: Op[..., Any], call: Call) -> str | None:
+    """torch's own opcheck. Of an op that keeps state it cannot compare eager with traced: it runs the op several times
+    on one state. check_dead_outputs and check_compiled do that with the state put back."""
+    args, saved = call.fresh(), call.save_state()
+    named = {arg.name: value for arg, value in zip(op.spec.args, args, strict=True)}
+    keywords = {arg.name: named.pop(arg.name) for arg in op.spec.args if arg.keyword_only}
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    try:
+        with seeded():
+            found = library.opcheck(
+                op.overload, tuple(named.values()), keywords, tests if op.spec.keeps_state else None
+            )
+    finally:
+        restore_state(saved)
+    failed = {name: text for name, text in found.items() if text != "SUCCESS"}
+    if not failed:
+        return None
+    name, text = next(iter(failed.items()))
+    return f"torch.library.opcheck, {name}: {(text.strip().splitlines() or [''])[0][:300]}"
 
 
 def check_compiled(op: Op[Any, Any], call: Call, backend: str, dynamic: bool) -> str | None:

@@ -28,8 +28,9 @@ def by_transformers(call: dict, first: int, last: int) -> tuple[torch.Tensor, to
     y = qwen.causal_conv1d_fn(x.mT, call["conv_weights"], call["conv_bias"], activation="silu").mT
     q, kk, vv = y.split([hk * k, hk * k, hv * v], dim=-1)
     out, state = qwen.torch_chunk_gated_delta_rule(
-        q.unflatten(-1, (hk, k)),
-        kk.unflatten(-1, (hk, k)),
+        # transformers 5.20 wants a key head per value head; 5.23 repeats them itself where they are fewer.
+        q.unflatten(-1, (hk, k)).repeat_interleave(ratio, 2),
+        kk.unflatten(-1, (hk, k)).repeat_interleave(ratio, 2),
         vv.unflatten(-1, (hv, v)),
         g=-call["A_log"].exp() * torch.nn.functional.softplus(a + call["dt_bias"]),
         beta=b.sigmoid(),

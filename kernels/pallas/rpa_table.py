@@ -5,5 +5,5 @@
 """
 
 TABLE: dict[tuple[str, int, int, int, str, str, str], tuple[int, int, int, int]] = {
-    ("v4", 8, 1, 128, "bfloat16", "bfloat16", "HND"): (256, 32, 512, 512),
+    ("v6e", 8, 1, 128, "bfloat16", "bfloat16", "HND"): (256, 32, 1024, 512),
 }

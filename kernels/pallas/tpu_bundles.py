@@ -45,9 +45,12 @@ class Schedule:
         """Bundles of the whole program, each counted once."""
         return sum(region.bundles for region in self.regions)
 
-    def products(self, least: int = 1) -> list[Region]:
-        """Regions that use the matrix unit: straight-line code of the kernel's inner tiles."""
-        return [region for region in self.regions if region.slots.get("MATMUL", 0) >= least]
+    def products(self, least: int = 16) -> list[Region]:
+        """Regions of `least` bundles and more that use the matrix unit: straight-line code of the kernel's inner tiles.
+
+        On chips before v6e its last instructions drain into the few bundles of the branches that follow.
+        """
+        return [region for region in self.regions if region.slots.get("MATMUL", 0) and region.bundles >= least]
 
 
 def read_schedule(folder: Path, kernel: str) -> Schedule:

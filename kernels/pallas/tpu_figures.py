@@ -110,6 +110,7 @@ def decode_sequence(problem: Problem, blocks: Blocks, schedule: Schedule, produc
     it would run; the loops that start page copies count once per turn, but only one of the two places that have them
     runs.
     """
+    masked = schedule.products()[0]
     turns = -(-(blocks.kv_per_block // problem.page_size) // UNROLL)
     regions = schedule.regions
     last = regions.index(product)
@@ -118,7 +119,7 @@ def decode_sequence(problem: Problem, blocks: Blocks, schedule: Schedule, produc
     heads = [i for i, region in enumerate(regions[:last]) if region.loop and region.copies]
     begin = heads[1] + 1 if len(heads) > 2 else 0
     for region in regions[begin:last]:
-        if region.slots.get("MATMUL", 0):
+        if region is masked:
             continue  # the masked product, which does not run here
         if region.loop and region.copies:
             copying.append(region.bundles)

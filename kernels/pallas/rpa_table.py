@@ -5,5 +5,7 @@
 """
 
 TABLE: dict[tuple[str, int, int, int, str, str, str], tuple[int, int, int, int]] = {
+    ("7x", 8, 1, 128, "bfloat16", "bfloat16", "HND"): (256, 32, 1024, 512),
+    ("v5e", 8, 1, 128, "bfloat16", "bfloat16", "HND"): (256, 32, 512, 256),
     ("v6e", 8, 1, 128, "bfloat16", "bfloat16", "HND"): (256, 32, 1024, 512),
 }

@@ -1,6 +1,6 @@
 """Marked regions and traces of a run: torch.profiler on cpu, cuda and xpu, torch_xla's profiler on XLA.
 
-with opreg.profile.trace("/tmp/run"):
+with opreg.profile.trace("traces"):
     with opreg.profile.region("decode"):
         step()
 """

@@ -157,6 +157,21 @@ def test_function_mode_and_profiler_see_the_operator():
     assert "t_op::scale" in {event.name for event in prof.function_events}
 
 
+def test_dispatch_mode_sees_the_operator_on_plain_tensors():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Spy():
+        scale(X, W)
+    assert seen[0] is scale.overload
+
+
 def test_export_keeps_the_operator():
     class Model(torch.nn.Module):
         def forward(self, x, w):

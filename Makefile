@@ -29,11 +29,14 @@ define environment
 	$(1)/bin/python -m pip install -q $(PIP_FLAGS) -e . --group $(2)
 endef
 
+# Two processes, a file to one of them: half the time on two cores.
+SPREAD := -n 2 --dist loadfile
+
 demo: .venv/$(STAMP)
 	.venv/bin/python examples/05_serve_qwen3_next.py
 
 test: .venv/$(STAMP)
-	.venv/bin/pytest
+	.venv/bin/pytest $(SPREAD)
 
 lint: .venv/lint-$(STAMP)
 	.venv/bin/python -m ruff check .
@@ -59,7 +62,7 @@ lane-transformers: .venv/$(STAMP)
 	.venv/bin/pytest tests/kernels/test_gdn_transformers.py $(wildcard tests/test_examples_serving.py)
 
 lane-slow: .venv/$(STAMP)
-	.venv/bin/pytest -m slow
+	.venv/bin/pytest $(SPREAD) -m slow
 
 lane-triton: .venv-triton/$(STAMP)
 	TRITON_INTERPRET=1 .venv-triton/bin/pytest tests/lanes/triton
@@ -68,12 +71,12 @@ lane-tpu_aot: .venv-tpu_aot/$(STAMP)
 	TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu .venv-tpu_aot/bin/pytest tests/lanes/tpu_aot
 
 lane-ipex: .venv-ipex/$(STAMP)
-	.venv-ipex/bin/pytest $(SAME)
+	.venv-ipex/bin/pytest $(SPREAD) $(SAME)
 	.venv-ipex/bin/pytest tests/lanes/ipex
 
 # The Pallas kernels' own tests need the interpreter of jax 0.10 (races, waits); this lane's torch_xla brings 0.7.1.
 lane-xla: .venv-xla/$(STAMP)
-	PJRT_DEVICE=CPU .venv-xla/bin/pytest $(SAME) --ignore-glob='tests/kernels/test_pallas_*'
+	PJRT_DEVICE=CPU .venv-xla/bin/pytest $(SPREAD) $(SAME) --ignore-glob='tests/kernels/test_pallas_*'
 	PJRT_DEVICE=CPU .venv-xla/bin/pytest tests/lanes/xla
 
 .venv/$(STAMP): pyproject.toml

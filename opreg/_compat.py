@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -53,3 +55,20 @@ def identity_under_dynamo(ctx: Any, name: str) -> Any:
     if hasattr(variable, "get_function"):
         return variable.get_function()  # torch 2.8 and 2.9 do not call a function made in the frame a constant
     return variable.as_python_constant()
+
+
+@contextmanager
+def around_opcheck() -> Iterator[None]:
+    """What torch.library.opcheck must run inside of: no cyclic garbage collection. Delete with torch 2.9.
+
+    A collection in the middle of AOTAutograd of 2.9 clears the attributes of a FakeTensor that only C++ still holds:
+    "'FakeTensor' object has no attribute 'fake_mode'", for operators with a backward formula, about every second time.
+    """
+    if torch_version() > (2, 9) or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.library import Library
 
+from . import _compat
+
 # The process owns every Library: a collected one takes its kernels with it and later calls crash (pytorch #115990).
 _LIBRARIES: dict[str, Library] = {}
 
@@ -100,5 +102,6 @@ def opcheck(
 ) -> dict[str, str]:
     """torch.library.opcheck, returning {test: 'SUCCESS' or the failure}. tests: some of its tests; None: all."""
     which = {} if tests is None else {"test_utils": tuple(tests)}
-    results = torch.library.opcheck(op, args, kwargs, raise_exception=False, **which)
+    with _compat.around_opcheck():
+        results = torch.library.opcheck(op, args, kwargs, raise_exception=False, **which)
     return {name: result if isinstance(result, str) else str(result) for name, result in results.items()}

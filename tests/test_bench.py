@@ -34,11 +34,11 @@ def test_per_call_runs_the_expression_and_subtracts_the_loop():
 
 
 def test_command_times_each_kernel_beside_the_reference(capsys):
-    assert main(["bench", "rms_norm", "--seconds", "0", "--json"]) == 0
+    assert main(["bench", "opreg::rms_norm", "--seconds", "0", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["bench"]
     assert {row["what"] for row in rows} == {"cpu/rms_norm", "reference"}
     assert all(row["ratio"] == 1 for row in rows if row["what"] == row["baseline"] == "reference")
-    assert main(["bench", "rms_norm", "--seconds", "0"]) == 0
+    assert main(["bench", "opreg::rms_norm", "--seconds", "0"]) == 0
     head, first = capsys.readouterr().out.splitlines()[:2]
     assert head.split() == ["INPUT", "WHAT", "TIME", "FASTER", "THAN"]
     assert first.startswith("0: x f32[1, 1], weight f32[1]")
@@ -48,7 +48,7 @@ def test_command_times_each_kernel_beside_the_reference(capsys):
     ("arguments", "message"),
     [
         (["bench", "rms_nrm"], "Did you mean"),
-        (["bench", "rms_norm", "--dtype", "float33"], "torch has no dtype 'float33'"),
+        (["bench", "opreg::rms_norm", "--dtype", "float33"], "torch has no dtype 'float33'"),
     ],
 )
 def test_wrong_names_exit_with_2(capsys, arguments, message):

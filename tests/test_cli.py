@@ -109,8 +109,8 @@ def test_show_json_is_the_op_in_the_same_shape(capsys) -> None:
 
 
 def test_show_prints_contract_and_kernels(capsys) -> None:
-    text = out_of(capsys, "show", "rms_norm")
-    assert line_of(text, "opreg::rms_norm").endswith(registry.get("rms_norm").spec.source)
+    text = out_of(capsys, "show", "opreg::rms_norm")
+    assert line_of(text, "opreg::rms_norm").endswith(registry.get("opreg::rms_norm").spec.source)
     assert "Root-mean-square norm over the last dimension" in text
     assert "(Tensor x, Tensor weight, float eps=1e-06) -> Tensor" in text
     assert line_of(text, "  x ").split() == ["x", "*n", "d"]
@@ -131,8 +131,8 @@ def test_show_marks_what_is_written_and_what_names_a_layer(capsys) -> None:
 
 
 def test_show_doc_prints_the_whole_docstring(capsys) -> None:
-    assert "Raises ContractError" not in out_of(capsys, "show", "rms_norm")
-    assert "Raises ContractError" in out_of(capsys, "show", "rms_norm", "--doc")
+    assert "Raises ContractError" not in out_of(capsys, "show", "opreg::rms_norm")
+    assert "Raises ContractError" in out_of(capsys, "show", "opreg::rms_norm", "--doc")
 
 
 @pytest.mark.parametrize(

@@ -265,8 +265,8 @@ def test_opcheck(name):
     function = jax_bridge.find_function(fn)
     leaves, tree = jax.tree.flatten((tuple(tensors), {}))
     program, _ = jax_bridge.find_program(function, tree, leaves)
-    result = torch.library.opcheck(library.overload("opreg::jax_call"), (tensors, program.name))
-    assert set(result.values()) == {"SUCCESS"}
+    result = library.opcheck(library.overload("opreg::jax_call"), (tensors, program.name), {})
+    assert set(result.values()) == {"SUCCESS"}, result
 
 
 def test_a_graph_that_names_a_program_of_another_process_is_told_so():

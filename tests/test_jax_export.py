@@ -76,7 +76,7 @@ def test_exported_operators_are_opcheck_clean():
     program = export()
     node = next(node for node in program.graph.nodes if node.target is EXPORTED)
     x, w = torch.randn(4, 3, requires_grad=True), torch.randn(3, 4, requires_grad=True)
-    result = torch.library.opcheck(EXPORTED, ([x, w], *node.args[1:]))
+    result = library.opcheck(EXPORTED, ([x, w], *node.args[1:]), {})
     assert set(result.values()) == {"SUCCESS"}
 
 

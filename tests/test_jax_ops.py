@@ -92,11 +92,11 @@ def test_a_symbolic_integer_is_a_static_value():
 def test_opcheck_every_kind():
     x, w = torch.randn(3, 4, requires_grad=True), torch.randn(4, requires_grad=True)
     results = [
-        torch.library.opcheck(affine.overload, (x, w, None, 2.0)),
-        torch.library.opcheck(affine.overload, (x, w, torch.randn(4, requires_grad=True))),
-        torch.library.opcheck(many.overload, ([torch.randn(3, requires_grad=True), torch.randn(3)],)),
-        torch.library.opcheck(append.overload, (torch.zeros(8, 2), torch.tensor([1]), torch.randn(3, 2))),
-        torch.library.opcheck(norm.overload, (torch.randn(3, 4),)),
+        library.opcheck(affine.overload, (x, w, None, 2.0), {}),
+        library.opcheck(affine.overload, (x, w, torch.randn(4, requires_grad=True)), {}),
+        library.opcheck(many.overload, ([torch.randn(3, requires_grad=True), torch.randn(3)],), {}),
+        library.opcheck(append.overload, (torch.zeros(8, 2), torch.tensor([1]), torch.randn(3, 2)), {}),
+        library.opcheck(norm.overload, (torch.randn(3, 4),), {}),
     ]
     for result in results:
         assert set(result.values()) == {"SUCCESS"}, result

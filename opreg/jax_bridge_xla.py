@@ -23,7 +23,9 @@ _PLATFORMS = {"CPU": "cpu", "TPU": "tpu", "CUDA": "cuda", "GPU": "cuda"}
 _JAX_ONLY = re.compile(r'custom_call_target="((?:lapack|xla_ffi|xla_python|blas|hipsolver|cusolver|cu_)[^"]*)"')
 
 
-def on_xla(program: Program, tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], Any]:
+def on_xla(
+    program: Program, tensors: Sequence[torch.Tensor], written: tuple[int, ...] = ()
+) -> tuple[list[torch.Tensor], Any]:
     """Record the program in the lazy graph of torch_xla."""
     key = (*[(tensor.shape, tensor.dtype) for tensor in tensors], _configuration())
     known = program.embedded.get(key)

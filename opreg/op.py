@@ -11,7 +11,7 @@ from typing import Any, Generic, Protocol, cast, overload
 import torch
 from typing_extensions import ParamSpec, TypeVar
 
-from . import _compat, call, devices, digest, fake, library, registry, runner, select, signature
+from . import _compat, call, devices, digest, fake, library, registry, runner, select, signature, xla_writes
 from .errors import DuplicateOpError, RegistrationError, SignatureError
 from .spec import REFERENCE, REFERENCE_PRIORITY, KernelSpec, OpSpec
 
@@ -58,6 +58,7 @@ class Op(Generic[P, R]):
         self.calls = call.Calls(self)
         library.implement(self.name, self.calls.entry)
         library.fake(self.name, fake.make_fake(self), self.spec.source)
+        xla_writes.catch(self)
         self.function = cast(OpFunction[P, R], self.calls.public)
         self._dress(self.calls.public)
         if self.spec.layer_arg is not None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from opreg import register_op
+from opreg import from_jax, register_op
 
 
 @register_op("opreg::kv_cache_update", mutates_args=("kv_pages",))
@@ -40,6 +40,9 @@ kv_cache_update.register_kernel(None, "opreg.kernels.reference.paged_attention:k
 kv_cache_update.register_kernel(None, "opreg.kernels.cpu.rpa_torch:kv_cache_update", priority=-50)
 kv_cache_update.register_kernel(
     "cpu", "opreg.kernels.cpu.rpa_cpp_update:rpa_cpp_write", why_not="opreg.kernels.cpu.rpa_cpp_update:why_not_update"
+)
+kv_cache_update.register_kernel(
+    "xla", from_jax("opreg.kernels.pallas.rpa_xla:kv_cache_update", mutates_args="kv_pages"), requires="jax"
 )
 for _dtype in (torch.float32, torch.bfloat16, torch.float16):
     kv_cache_update.tolerance(_dtype, 0.0, "numbers are copied, or rounded once to nearest even")

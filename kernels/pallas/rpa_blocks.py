@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,6 +30,10 @@ CHIPS = {
     "TPU v6e": "v6e",
     "TPU7x": "7x",
 }
+
+# What the PCI bus calls them: Google's vendor id, and the device ids that torch_xla 2.9 and torch_tpu 0.2 look for.
+PCI_VENDOR = "0x1ae0"
+PCI_CHIPS = {"0x005e": "v4", "0x0062": "v5p", "0x0063": "v5e", "0x006f": "v6e", "0x0076": "7x"}
 
 # The compiler spills registers into vector memory: up to 3.5 MiB with the largest blocks below.
 SPILL_BYTES = 4 * MIB
@@ -82,6 +87,19 @@ def current_chip() -> str:
     if jax.default_backend() != "tpu":
         return ANY_CHIP
     return CHIPS.get(jax.devices()[0].device_kind, ANY_CHIP)
+
+
+def attached_chip(bus: Path = Path("/sys/bus/pci/devices")) -> str:
+    """Short name of the TPU on this machine's PCI bus, or ANY_CHIP where there is none that is known here.
+
+    For kernels that torch_xla or torch_tpu runs: asking JAX would start a second client of the chip, which it refuses.
+    """
+    for vendor in sorted(bus.glob("*/vendor")):
+        if vendor.read_text().strip() == PCI_VENDOR:
+            chip = PCI_CHIPS.get(vendor.with_name("device").read_text().strip())
+            if chip is not None:
+                return chip
+    return ANY_CHIP
 
 
 def default_blocks(shape: CacheShape, q_dtype: Any, kv_dtype: Any, chip: str, layout: str) -> Blocks:

@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from .rpa import ragged_paged_attention
 from .rpa_batch import Batch
 from .rpa_blocks import Blocks
-from .rpa_check import check, fail
+from .rpa_check import check, check_new
 from .rpa_pages import HND, NHD, packing
 from .rpa_plan import ceil_div, floor_div
 
@@ -112,15 +112,11 @@ def write_step(
         q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, None,
         1.0, None, None, None, k_scale, v_scale, kv_layout,
     )  # fmt: skip
-    wanted = (q.shape[0], shape.kv_heads, shape.head_dim)
-    for name, new in (("k", k), ("v", v)):
-        if new.shape != wanted:
-            raise fail(f"{name} is {new.shape}; q {q.shape} and kv_pages {kv_pages.shape} ({kv_layout}) need {wanted}")
+    check_new(k, v, kv_pages, kv_layout, q.shape[0])
     if q.shape[0] == 0 or kv_lens.shape[0] == 0:
         return kv_pages
     dtype = kv_pages.dtype
-    rows = jnp.stack([quantise(k, dtype, k_scale), quantise(v, dtype, v_scale)], axis=2)
-    rows = rows.reshape(q.shape[0], 2 * shape.kv_heads, shape.head_dim)
+    rows = combined_rows(k, v, dtype, k_scale, v_scale)
     unit = 8 * packing(dtype)
     scratch: list[Any] = [pltpu.SemaphoreType.DMA((2,))]
     if kv_layout == HND:
@@ -169,6 +165,12 @@ def quantise(x: jax.Array, dtype: Any, scale: float | None) -> jax.Array:
     if largest is not None:
         scaled = jnp.clip(scaled, -largest, largest)
     return scaled.astype(dtype)
+
+
+def combined_rows(k: jax.Array, v: jax.Array, dtype: Any, k_scale: float | None, v_scale: float | None) -> jax.Array:
+    """What goes into the cache, [tokens, 2*kv heads, head_dim]: K of head h at 2h, V at 2h+1."""
+    rows = jnp.stack([quantise(k, dtype, k_scale), quantise(v, dtype, v_scale)], axis=2)
+    return rows.reshape(k.shape[0], 2 * k.shape[1], k.shape[2])
 
 
 class Writer(Batch):

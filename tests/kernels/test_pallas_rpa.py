@@ -274,7 +274,7 @@ def test_the_race_detector_is_awake():
     ("change", "message"),
     [
         ({"kv_layout": "HDN"}, "kv_layout is 'HDN'"),
-        ({"q": jnp.zeros((4, 4, 128), jnp.float16)}, "q is float16; use one of float32, bfloat16"),
+        ({"q": jnp.zeros((4, 4, 128), jnp.float16)}, "q is float16, in which a TPU does not compute"),
         ({"q": jnp.zeros((4, 4, 64), jnp.bfloat16)}, "q has head_dim 64 but kv_pages has 128"),
         ({"q": jnp.zeros((4, 3, 128), jnp.bfloat16)}, "q has 3 heads and kv_pages 2"),
         ({"kv_pages": jnp.zeros((4, 4, 8, 128), jnp.bfloat16)}, "a multiple of 16 tokens"),

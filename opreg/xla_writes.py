@@ -1,0 +1,53 @@
+"""Ops that write their arguments, on torch_xla.
+
+Every tensor of torch_xla is a functional wrapper: PyTorch's functionalisation sits between the operator and the device,
+and it refuses any operator of others that writes an argument. So the operator is caught one level above it, in the
+autograd key of XLA (such an op has no gradient formula). There the kernel gets the user's own tensors, and what it
+writes with copy_ or index_put_ is functionalised like every other torch operation: views see it, and the lazy graph
+updates the buffer in place.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import library
+
+if TYPE_CHECKING:
+    from .op import Op
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def catch(op: Op) -> None:
+    """Make an op that writes arguments work on tensors of torch_xla, eager and in compiled graphs."""
+    if not op.spec.mutates:
+        return
+
+    def on_xla(args: tuple[Any, ...]) -> Any:
+        tensors = [value for arg, value in zip(op.spec.args, args, strict=True) if arg.is_tensor]
+        real = all(value is None or type(value) in _PLAIN for value in tensors)
+        if not real:
+            _let_graphs_through()
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.call_with(op.calls.entry if real else op.overload, args)
+
+    @functools.cache
+    def gathered() -> Callable[..., Any]:
+        return op.gather(on_xla)  # made at the first call: most processes never have a tensor of torch_xla
+
+    library.implement(op.name, lambda *args, **kwargs: gathered()(*args, **kwargs), "AutogradXLA")
+
+
+@functools.cache
+def _let_graphs_through() -> None:
+    """A graph that is being traced will hold torch's wrapper of writing ops, which has no entry for XLA's autograd key
+    as it has for that of CPU and CUDA."""
+    wrappers = importlib.import_module("torch._higher_order_ops.auto_functionalize")
+    for wrapper in (wrappers.auto_functionalized, wrappers.auto_functionalized_v2):
+        wrapper.fallthrough(torch._C.DispatchKey.AutogradXLA)

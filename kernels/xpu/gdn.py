@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from ..reference.gdn_args import fail, sequences, sizes
-from .gdn_plan import Group, Plan, Plans, check_windows, make_plan
+from ..reference.gdn_args import Sizes, fail, sequences, sizes
+from .gdn_plan import Group, Plan, Plans, Speculative, check_windows, make_plan
 from .gdn_vendor import Vendor, find, why_no_speculation, why_not_cache, why_not_layer
 
 _plans = Plans()
@@ -183,31 +186,29 @@ def gdn_attention(
     }
     for group in plan.groups:
         outputs, inputs = (core_attn_out, z), (projected_states_qkvz, projected_states_ba)
-        _run(vendor, group, layer, outputs, inputs, conv_state, ssm_state, s.width - 1)
+        _run(vendor, group, layer, outputs, inputs, conv_state, ssm_state, s)
 
 
 def _run(
     vendor: Vendor,
     group: Group,
-    layer: dict[str, object],
+    layer: dict[str, Any],
     outputs: tuple[Tensor, Tensor],
     inputs: tuple[Tensor, Tensor],
     conv_state: Tensor,
     ssm_state: Tensor,
-    keep: int,
+    s: Sizes,
 ) -> None:
-    """One call of the vendor: rows made contiguous, outputs and staged states put back where they belong."""
-    rows, part = group.rows, slice(group.first, group.first + group.tokens)
+    """One call of the vendor: rows made contiguous, outputs and states put where they belong."""
+    rows, part, speculative = group.rows, slice(group.first, group.first + group.tokens), group.speculative
     qkvz, ba = (t[part].contiguous() if rows is None else t.index_select(0, rows) for t in inputs)
     places = [t[part] if rows is None else t for t in outputs]
     direct = [rows is None and t.is_contiguous() for t in places]
     core, z = (t if same else t.new_empty((group.tokens, *t.shape[1:])) for t, same in zip(places, direct, strict=True))
-    conv, ssm = conv_state, ssm_state
-    if group.staged is not None:
-        count, tokens = group.arguments["spec_state_indices_tensor"].shape
-        conv, ssm = (t.new_empty((count * tokens, *t.shape[1:])) for t in (conv_state, ssm_state))
-        for scratch, cache in ((conv, conv_state), (ssm, ssm_state)):
-            scratch[::tokens] = cache[group.staged.source]
+    conv, ssm, history = conv_state, ssm_state, None
+    if speculative is not None:
+        history = _history(conv_state, speculative, _convolved(qkvz, s, layer["reorder_input"]), s.width - 1)
+        conv, ssm = _caches(conv_state, ssm_state, speculative, history, s)
     values = {"core_attn_out": core, "z": z, "projected_states_qkvz": qkvz, "projected_states_ba": ba}
     vendor({**values, "conv_state": conv, "ssm_state": ssm, **layer, **group.arguments})
     for place, made, same in zip(places, (core, z), direct, strict=True):
@@ -215,7 +216,44 @@ def _run(
             place.index_copy_(0, rows, made)
         elif not same:
             place.copy_(made)
-    if group.staged is not None:
-        kept, to = group.staged.kept, group.staged.to
-        conv_state[to, :keep] = conv[kept, :keep]
-        ssm_state[to] = ssm[kept]
+    if speculative is not None and history is not None:
+        to, row, token = speculative.to, speculative.row, speculative.token
+        windows = history.unfold(1, s.width - 1, 1).mT  # [row, tokens so far, width - 1, channels]
+        conv_state[to, : s.width - 1] = windows[row, token + 1]
+        if speculative.staged:
+            ssm_state[to] = ssm[row * (group.tokens // history.shape[0]) + token]
+
+
+def _convolved(qkvz: Tensor, s: Sizes, flat: bool) -> Tensor:
+    """The convolution's inputs [tokens, q of all | k of all | v of all] in packed rows."""
+    if flat:
+        return qkvz[:, : s.conv_dim]
+    values = s.hv // s.hk * s.v
+    parts = qkvz.view(qkvz.shape[0], s.hk, -1).split([s.k, s.k, values, values], dim=-1)
+    return torch.cat([part.flatten(1) for part in parts[:3]], dim=1)
+
+
+def _history(conv_state: Tensor, speculative: Speculative, inputs: Tensor, keep: int) -> Tensor:
+    """Each row's window and its tokens' inputs behind it: [rows, width - 1 + tokens, channels]."""
+    window = conv_state[speculative.source, :keep]
+    return torch.cat([window, inputs.view(window.shape[0], -1, window.shape[2])], dim=1)
+
+
+def _caches(
+    conv_state: Tensor, ssm_state: Tensor, speculative: Speculative, history: Tensor, s: Sizes
+) -> tuple[Tensor, Tensor]:
+    """The caches that a speculative call is given. Since 0.1.14 it wants a convolution row for each draft as well."""
+    keep = s.width - 1
+    count, tokens = history.shape[0], history.shape[1] - keep
+    needed = keep + tokens - 1
+    if speculative.staged:
+        conv = conv_state.new_empty((count * tokens, needed, s.conv_dim))
+        ssm = ssm_state.new_empty((count * tokens, *ssm_state.shape[1:]))
+        conv[::tokens, :keep] = history[:, :keep]
+        ssm[::tokens] = ssm_state[speculative.source]
+        return conv, ssm
+    if conv_state.shape[1] >= needed:
+        return conv_state, ssm_state
+    conv = conv_state.new_empty((s.slots, needed, s.conv_dim))
+    conv[speculative.source, :keep] = history[:, :keep]
+    return conv, ssm_state

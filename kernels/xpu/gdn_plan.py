@@ -23,12 +23,18 @@ from ..reference.gdn_args import Sequence, fail
 
 
 @dataclass(frozen=True, slots=True)
-class Staged:
-    """Rows whose states go through a scratch cache, one slot per token: columns of -1 keep no state of their token."""
+class Speculative:
+    """The slots of a call of speculative rows, of which it is given the first as if one token had been accepted.
+
+    source: where the window of each row is. to, row, token: slots that keep what holds after a token of a row.
+    staged: some token has no slot, so the states go through a scratch cache of one slot per token.
+    """
 
     source: Tensor
-    kept: Tensor  # scratch slots whose state is wanted
-    to: Tensor  # where it goes
+    to: Tensor
+    row: Tensor
+    token: Tensor
+    staged: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +45,7 @@ class Group:
     tokens: int
     rows: Tensor | None
     arguments: dict[str, Any]
-    staged: Staged | None = None
+    speculative: Speculative | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +79,7 @@ def make_plan(todo: list[Sequence], device: torch.device) -> Plan:
             speculative.setdefault((len(q.rows), whole), []).append(q)
     groups = [_plain(many, long, device) for long, many in plain.items() if many]
     for (tokens, whole), many in sorted(speculative.items(), key=lambda item: item[0]):
-        groups.append(_whole(many, tokens, moves, device) if whole else _staged(many, tokens, device))
+        groups.append(_speculative(many, tokens, not whole, moves, device))
     pairs = (_long([a for a, _ in moves], device), _long([b for _, b in moves], device)) if moves else None
     return Plan(tuple(groups), pairs, sum(len(q.rows) for q in todo))
 
@@ -93,48 +99,42 @@ def _plain(many: list[Sequence], long: bool, device: torch.device) -> Group:
     return _group(many, arguments, device)
 
 
-def _whole(many: list[Sequence], tokens: int, moves: list[tuple[int, int]], device: torch.device) -> Group:
-    """Speculative rows with a slot for each token. A state outside those slots is moved to the first, which is free."""
+def _speculative(
+    many: list[Sequence], tokens: int, staged: bool, moves: list[tuple[int, int]], device: torch.device
+) -> Group:
+    """Rows of equally many tokens. Their states are moved to the first column, which the call writes first of all.
+
+    Where windows of the convolution are kept changed in the vendor's 0.1.14: after token t in column t before, all in
+    one rolling buffer in column 0 since. With one accepted token both begin with the first rows of column 0, and what
+    is left in the cache afterwards is written here, so the cache has the same form whatever is installed.
+    """
     many = _in_row_order(many)
-    columns = [[q.writes[t][-1] for t in range(tokens)] for q in many]
-    accepted = []
-    for q, slots in zip(many, columns, strict=True):
-        if q.source is not None and q.source not in slots:
-            moves.append((q.source, slots[0]))
-        accepted.append(slots.index(q.source) + 1 if q.source in slots else 1)
-    return _group(many, _speculative(columns, accepted, device), device)
-
-
-def _staged(many: list[Sequence], tokens: int, device: torch.device) -> Group:
-    many = _in_row_order(many)
-    columns = [[i * tokens + t for t in range(tokens)] for i in range(len(many))]
-    kept = [(i * tokens + t, slot) for i, q in enumerate(many) for t in sorted(q.writes) for slot in q.writes[t]]
-    staged = Staged(
-        _long([q.source for q in many], device),
-        _long([scratch for scratch, _ in kept], device),
-        _long([slot for _, slot in kept], device),
-    )
-    return _group(many, _speculative(columns, [1] * len(many), device), device, staged)
-
-
-def _speculative(columns: list[list[int]], accepted: list[int], device: torch.device) -> dict[str, Any]:
-    count, tokens = len(columns), len(columns[0])
-    return {
+    kept = [(q.writes[t][-1], i, t) for i, q in enumerate(many) for t in sorted(q.writes)]
+    # A slot that stands in several columns of a row keeps the last of them.
+    kept = list({slot: (slot, i, t) for slot, i, t in kept}.values())
+    columns = [[i * tokens + t if staged else q.writes[t][-1] for t in range(tokens)] for i, q in enumerate(many)]
+    if not staged:
+        moves += [(q.source, q.writes[0][-1]) for q in many if q.source not in (None, q.writes[0][-1])]
+    count = len(many)
+    arguments = {
         "num_spec_decodes": count,
         "spec_query_start_loc": _int(range(0, count * tokens + 1, tokens), device),
         "spec_token_indx": _int(range(count * tokens), device),
         "spec_state_indices_tensor": _int([slot for row in columns for slot in row], device).view(count, tokens),
-        "num_accepted_tokens": _int(accepted, device),
+        "num_accepted_tokens": _int([1] * count, device),
     }
+    source = _long([q.source if staged else q.writes[0][-1] for q in many], device)
+    to, row, token = (_long(list(part), device) for part in zip(*kept, strict=True))
+    return _group(many, arguments, device, Speculative(source, to, row, token, staged))
 
 
 def _group(
-    many: list[Sequence], arguments: dict[str, Any], device: torch.device, staged: Staged | None = None
+    many: list[Sequence], arguments: dict[str, Any], device: torch.device, speculative: Speculative | None = None
 ) -> Group:
     rows = [row for q in many for row in q.rows]
     together = rows == list(range(rows[0], rows[0] + len(rows)))
     arguments = {**_NONE, **arguments, "num_actual_tokens": len(rows)}
-    return Group(rows[0], len(rows), None if together else _long(rows, device), arguments, staged)
+    return Group(rows[0], len(rows), None if together else _long(rows, device), arguments, speculative)
 
 
 def _in_row_order(many: list[Sequence]) -> list[Sequence]:
@@ -206,8 +206,8 @@ def check_windows(
 ) -> None:
     """ValueError unless the columns a row has accepted hold windows of the convolution one token apart.
 
-    That is what every kernel of this package, and the vendor, leaves after a speculative step. Kernels that keep one
-    rolling buffer of width - 1 + drafts rows in column 0 (vLLM's for CUDA and CPU) leave the other columns' alone.
+    That is what every kernel of this package leaves after a speculative step. Kernels that keep one rolling buffer of
+    width - 1 + drafts rows in column 0 (vLLM's, and the vendor's since 0.1.14) leave the other columns alone.
     """
     keep = width - 1
     places = []

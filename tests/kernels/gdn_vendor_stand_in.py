@@ -68,6 +68,9 @@ def define(schema: str, calls: list[dict[str, Any]]) -> None:
 
 
 _KEEP: list[torch.library.Library] = []
+ROLLING = [False]
+"""Where speculative rows keep convolution windows: False: after token t in column t, as before 0.1.14; True: all in one
+rolling buffer of width - 1 + drafts rows in column 0, as since (vllm-xpu-kernels #544)."""
 
 
 def _run(v: dict[str, Any], schema: str) -> None:
@@ -163,7 +166,8 @@ def _plain(v: dict[str, Any], s: Sizes, tokens: int, schema: str) -> None:
         keep = known is None or bool(known[i])
         window, state = _load(v, slot if keep else None, s)
         history, states = _compute(v, rows[starts[i] : starts[i + 1]], window, state, s)
-        _store(v, slot, history[-(s.width - 1) :], states[-1])
+        v["conv_state"][slot, : s.width - 1] = history[-(s.width - 1) :]
+        v["ssm_state"][slot] = states[-1].to(v["ssm_state"].dtype)
 
 
 def _speculative(v: dict[str, Any], s: Sizes) -> None:
@@ -182,22 +186,26 @@ def _speculative(v: dict[str, Any], s: Sizes) -> None:
     safe(all(0 <= slot < s.slots for slot in used), f"slots {table} outside the cache")
     safe(len(set(used)) == len(used), f"slots {table} belong to two rows")
     safe(all(0 <= count <= each for count in accepted), f"accepted {accepted} of {each} columns")
+    if ROLLING[0]:
+        must(v["conv_state"].shape[1] >= s.width - 2 + each, "conv_state has too few rows for speculative decoding")
     for i, row in enumerate(table):
-        window, state = _load(v, row[max(accepted[i] - 1, 0)], s)
+        offset = max(accepted[i] - 1, 0)
+        window, state = _load(v, row[offset], s)
+        if ROLLING[0]:
+            window = v["conv_state"][row[0], offset : offset + s.width - 1].clone()
         history, states = _compute(v, rows[i * each : (i + 1) * each], window, state, s)
         for t, slot in enumerate(row):
-            _store(v, slot, history[t + 1 : t + s.width], states[t])
+            v["ssm_state"][slot] = states[t].to(v["ssm_state"].dtype)
+            if not ROLLING[0]:
+                v["conv_state"][slot, : s.width - 1] = history[t + 1 : t + s.width]
+        if ROLLING[0]:
+            v["conv_state"][row[0], : s.width - 2 + each] = history[1:]
 
 
 def _load(v: dict[str, Any], slot: int | None, s: Sizes) -> tuple[Tensor, Tensor]:
     if slot is None:
         return v["conv_state"].new_zeros(s.width - 1, s.conv_dim), torch.zeros(s.hv, s.v, s.k)
     return v["conv_state"][slot, : s.width - 1].clone(), v["ssm_state"][slot].float()
-
-
-def _store(v: dict[str, Any], slot: int, window: Tensor, state: Tensor) -> None:
-    v["conv_state"][slot, : window.shape[0]] = window
-    v["ssm_state"][slot] = state.to(v["ssm_state"].dtype)
 
 
 def _compute(

@@ -119,6 +119,7 @@ class Op(Generic[P, R]):
         """Add a kernel for one or several device types (None: every device). Usable as a decorator without `target`.
 
         target: a callable, or "module:function", imported at first use, with the op's parameters in the op's order.
+        requires: modules that must be installed, "module" or "module>=1.2"; they are looked up and not imported.
         why_not: takes the op's arguments; returns None to accept the call, or the reason for refusing it.
         priority: the largest that accepts wins; two kernels with equal priority on one device are an error.
 

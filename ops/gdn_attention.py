@@ -105,6 +105,13 @@ gdn_attention.register_kernel(
     why_not="opreg.kernels.xpu.gdn:why_not",
     priority=10,
 )
+gdn_attention.register_kernel(
+    ("cuda", "xpu"),
+    "opreg.kernels.triton.gdn:gdn_attention",
+    requires="triton",
+    why_not="opreg.kernels.triton.gdn:why_not",
+    priority=5,
+)
 gdn_attention.tolerance(torch.float32, 1e-5, "sums over tokens, keys and taps in another order")
 gdn_attention.tolerance(torch.bfloat16, 5e-3, "one rounding of the output; bfloat16 products inside a chunk")
 gdn_attention.tolerance(torch.float16, 1e-3, "one rounding of the output, and of q, k and v after the convolution")

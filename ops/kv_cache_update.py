@@ -41,6 +41,13 @@ kv_cache_update.register_kernel(None, "opreg.kernels.cpu.rpa_torch:kv_cache_upda
 kv_cache_update.register_kernel(
     "cpu", "opreg.kernels.cpu.rpa_cpp_update:rpa_cpp_write", why_not="opreg.kernels.cpu.rpa_cpp_update:why_not_update"
 )
+kv_cache_update.register_kernel(
+    ("cuda", "xpu"),
+    "opreg.kernels.triton.kv_cache_update:kv_cache_update",
+    requires="triton",
+    why_not="opreg.kernels.triton.kv_cache_update:why_not",
+    priority=5,
+)
 for _dtype in (torch.float32, torch.bfloat16, torch.float16):
     kv_cache_update.tolerance(_dtype, 0.0, "numbers are copied, or rounded once to nearest even")
 

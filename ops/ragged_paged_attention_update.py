@@ -52,6 +52,13 @@ ragged_paged_attention_update.register_kernel(
 )
 ragged_paged_attention_update.register_kernel(None, "opreg.kernels.cpu.rpa_torch:rpa_torch_update", priority=-50)
 ragged_paged_attention_update.register_kernel("cpu", f"{_CPP}:rpa_cpp_fused", why_not=f"{_CPP}:why_not_fused")
+ragged_paged_attention_update.register_kernel(
+    ("cuda", "xpu"),
+    "opreg.kernels.triton.rpa:ragged_paged_attention_update",
+    requires="triton",
+    why_not="opreg.kernels.triton.rpa:why_not_update",
+    priority=5,
+)
 for _dtype, _rms in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)):
     ragged_paged_attention_update.tolerance(_dtype, _rms, "that of opreg::ragged_paged_attention")
 

@@ -62,6 +62,13 @@ ragged_paged_attention_update.register_kernel(
 ragged_paged_attention_update.register_kernel(
     "xla", from_jax(f"{_XLA}:rpa_plain_update", mutates_args="kv_pages"), requires="jax", priority=-10
 )
+ragged_paged_attention_update.register_kernel(
+    ("cuda", "xpu"),
+    "opreg.kernels.triton.rpa:ragged_paged_attention_update",
+    requires="triton",
+    why_not="opreg.kernels.triton.rpa:why_not_update",
+    priority=5,
+)
 for _dtype, _rms in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)):
     ragged_paged_attention_update.tolerance(_dtype, _rms, "that of opreg::ragged_paged_attention")
 

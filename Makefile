@@ -94,6 +94,8 @@ lane-xla: .venv-xla/$(STAMP)
 .venv-xla/$(STAMP): pyproject.toml
 	$(call environment,.venv-xla,lane-xla)
 	.venv-xla/bin/python -m pip install -q --no-deps --group lane-xla-without-dependencies
+	# Beside the environment: were it inside, torch_xla and jax would look for a TPU in every process.
+	.venv-xla/bin/python -m pip install -q --no-deps --upgrade --target .venv-xla/libtpu --group lane-xla-libtpu
 	touch $@
 
 .venv-%/$(STAMP): pyproject.toml

@@ -108,6 +108,11 @@ def _embed(program: Program, tensors: Sequence[torch.Tensor], fn: Callable[..., 
     with x64([tensor.dtype for tensor in tensors]):
         # An argument that the function ignores stays a parameter: the graph hands over all of them.
         jitted = run.jax.jit(fn or program.counted, keep_unused=True)
+        if platform == "tpu":
+            # torch_xla's libtpu may be older than jax (2.9 asks for 0.0.21, which knows no Pallas kernel that jax 0.7.1
+            # lowers for its own libtpu); only an exported function keeps to what was known a few weeks earlier.
+            exported = run.export.export(jitted, platforms=(platform,))(*arguments)
+            jitted = run.jax.jit(exported.call, keep_unused=True)
         lowered = jitted.trace(*arguments).lower(lowering_platforms=(platform,))
         hlo = lowered.compiler_ir("hlo")
     leaves, tree = run.flatten(lowered.out_info)

@@ -1,0 +1,64 @@
+"""Ops that write their arguments on tensors of torch_xla (PJRT_DEVICE=CPU): views, graphs, and how they are called."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import pytest
+import torch
+import torch_xla
+from torch import Tensor
+
+import opreg
+
+device = torch_xla.device()
+
+
+@opreg.register_op("xla_writes::accumulate", mutates_args=("total",))
+def accumulate(x: Annotated[Tensor, "n"], total: Annotated[Tensor, "n"]) -> Annotated[Tensor, "n"]:
+    """Add x to a running total and return the sum of squares so far."""
+    total.add_(x)
+    return total * total
+
+
+def call_with_named_arguments(x, total):
+    return torch.ops.xla_writes.accumulate(x=x, total=total)
+
+
+CALLS = {"function": accumulate, "torch.ops": torch.ops.xla_writes.accumulate, "by name": call_with_named_arguments}
+
+
+@pytest.mark.parametrize("how", CALLS)
+def test_the_argument_is_written_and_views_of_it_see_that(how):
+    total = torch.arange(6.0).to(device)
+    tail, x = total[4:], torch.ones(6).to(device)
+    out = CALLS[how](x, total)
+    assert tail.cpu().tolist() == [5, 6]
+    assert out.cpu().tolist() == [1, 4, 9, 16, 25, 36]
+
+
+def test_a_view_can_be_the_argument():
+    total = torch.zeros(2, 3).to(device)
+    accumulate(torch.ones(3).to(device), total[1])
+    assert total.cpu().tolist() == [[0, 0, 0], [1, 1, 1]]
+
+
+def test_it_is_one_node_of_an_openxla_graph():
+    def step(x, total):
+        return accumulate(x * 2, total) + total.sum()
+
+    compiled = torch.compile(step, backend="openxla", fullgraph=True)
+    total, x = torch.zeros(3).to(device), torch.ones(3).to(device)
+    expected_total, expected = torch.zeros(3), None
+    for _ in range(3):
+        out = compiled(x, total)
+        expected = step(torch.ones(3), expected_total)
+        torch.testing.assert_close(out.cpu(), expected)
+        torch.testing.assert_close(total.cpu(), expected_total)
+
+
+def test_inside_no_grad_and_with_a_parameter():
+    total = torch.nn.Parameter(torch.zeros(2).to(device))
+    with torch.no_grad():
+        accumulate(torch.ones(2).to(device), total)
+    assert total.tolist() == [1, 1]

@@ -255,6 +255,9 @@ _SOURCE = """\
 def _traced({parameters}):
 {handle}    return _overload({arguments})
 
+def _named({parameters}):
+{string}    return _overload({arguments})
+
 def _entry({parameters}):
     _type = {device}
     _run = _runners.get(_type)
@@ -299,6 +302,7 @@ class Calls:
             "_function_modes": _len_torch_function_stack,
             "_functorch": peek_interpreter_stack,
             "_grad_enabled": torch.is_grad_enabled,
+            "_handle_of_string": context.handle_of_string,
             "_layer_handle": context.layer_handle,
             "_overload": op.overload,
             "_plain_list": _plain_list,
@@ -313,9 +317,12 @@ class Calls:
         first, layer = spec.first_tensor, spec.layer_arg
         parts["direct"] = _DIRECT.format(guard=_guard_source(spec), first=first.name, **parts) if first else ""
         parts["handle"] = f"    {layer.name} = _layer_handle({layer.name})\n" if layer else ""
+        silent = None if spec.mutates or spec.returns else spec.name
+        parts["string"] = f"    {layer.name} = _handle_of_string({layer.name}, {silent!r})\n" if layer else ""
         source = _SOURCE.format(name=name, device=_device_source(spec), **parts)
         exec(compile(source, f"<opreg {spec.name}>", "exec"), self._names)
-        self.traced, self.entry, self.compiled = (self._names[part] for part in ("_traced", "_entry", "_compiled"))
+        parts_made = ("_traced", "_named", "_entry", "_compiled")
+        self.traced, self.named, self.entry, self.compiled = (self._names[part] for part in parts_made)
         self.public = self._names[name]
 
     def runner(self, device_type: str) -> Callable[..., Any]:

@@ -73,6 +73,12 @@ def {name}({parameters}):
     return _run({arguments})
 """
 
+_NAMED = """\
+def {name}({parameters}):
+    {layer} = _handle_of_string({layer}, {silent!r})
+    return _overload({arguments})
+"""
+
 _PUBLIC = """\
 def {name}({parameters}):
 {direct}{handle}    return _overload({arguments})
@@ -111,6 +117,7 @@ _SHARED: dict[str, Any] = {
     "_function_mode": _has_torch_function_unary,
     "_functorch": _are_functorch_transforms_active,
     "_grad_enabled": torch.is_grad_enabled,
+    "_handle_of_string": context.handle_of_string,
     "_layer_handle": context.layer_handle,
     "_plain_list": _plain_list,
     "_profiler": profiler,
@@ -155,7 +162,7 @@ class Calls:
         made.__kwdefaults__ = {arg.name: arg.default for arg in args if arg.keyword_only}
         return made
 
-    def _code(self, source: str, **parts: str) -> CodeType:
+    def _code(self, source: str, **parts: str | None) -> CodeType:
         spec, layer = self.op.spec, self.op.spec.layer_arg
         parts.update(name=self._name, parameters=parameters(spec), arguments=arguments(spec))
         parts["handle"] = f"    {layer.name} = _layer_handle({layer.name})\n" if layer else ""
@@ -171,6 +178,12 @@ class Calls:
         self.entry.__code__ = self._code(_ANY_DEVICE, runners="_runners", make="_runner")
         self.public.__code__ = self._code(_PUBLIC, direct=direct)
         return self
+
+    def named(self, layer: str) -> FunctionType:
+        """What torch.ops calls with the name of a layer, `layer` being the parameter that takes it."""
+        spec = self.op.spec
+        silent = None if spec.mutates or spec.returns else spec.name
+        return self._function(self._code(_NAMED, layer=layer, silent=silent))
 
     @functools.cached_property
     def compiled(self) -> FunctionType:

@@ -14,6 +14,7 @@ from contextvars import ContextVar, Token
 from typing import Annotated, Any, Union
 
 import torch
+from torch._C import _len_torch_dispatch_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
 from . import _compat
@@ -42,15 +43,21 @@ class _Handles:
 _HANDLES = _Handles()
 
 
-def _handle_key(name: str) -> str:
-    """The attribute of _HANDLES that holds the handle of `name`, made if new. Run for real while Dynamo traces."""
+def _number(name: str) -> int:
+    """The value of a name's handle, from now on known in this process."""
     if not isinstance(name, str):
         raise TypeError(f"a layer is named by a string (or its handle), not by {type(name).__name__}: {name!r}")
     number = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
-    key = f"h{number & (2**64 - 1):016x}"
     other = _NAMES.setdefault(number, name)
     if other != name:
         raise RegistrationError(f"layer names '{name}' and '{other}' have the same 64-bit hash; rename one of them")
+    return number
+
+
+def _handle_key(name: str) -> str:
+    """The attribute of _HANDLES that holds the handle of `name`, made if new. Run for real while Dynamo traces."""
+    number = _number(name)
+    key = f"h{number & (2**64 - 1):016x}"
     if not hasattr(_HANDLES, key):
         # Outside any mode: under tracing a fresh tensor would be fake and die with the trace, and one made in inference
         # mode could not be written by graphs outside of it (a handle counts as written where its layer keeps state).
@@ -71,6 +78,23 @@ def layer_handle(name: str | torch.Tensor) -> torch.Tensor:
         return name
     handle: torch.Tensor = getattr(_HANDLES, _handle_key(name))
     return handle
+
+
+def handle_of_string(name: str, silent: str | None) -> torch.Tensor:
+    """The handle of a name that was given to torch.ops as a string, where a compiler may be looking on.
+
+    Compilers run such a call on fake tensors and refuse real ones that are no inputs, so under any dispatch mode the
+    handle is computed, by an operator that they see. A handle made inside the graph keeps no call alive whose results
+    nobody reads. silent: the op, if it has no results but its layer's state: its call would vanish.
+    """
+    if not _len_torch_dispatch_stack():
+        return layer_handle(name)
+    if silent is not None:
+        raise ContextError(
+            f"{silent}: torch.ops was called with the layer's name '{name}' under a compiler, which would remove the "
+            "call, since it writes nothing but the layer's state; call the function that register_op returned"
+        )
+    return torch.full((), _number(name), dtype=torch.int64, device="cpu")
 
 
 def layer_name(handle: str | torch.Tensor) -> str:

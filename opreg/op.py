@@ -72,7 +72,7 @@ class Op(Generic[P, R]):
         schema = re.sub(rf"Tensor(\(\w+!\))? {layer.name}\b", f"str {layer.name}", self.spec.schema, count=1)
         library.define(f"{self.name}.named", schema, self.spec.tags)
         # Composite: it becomes the default overload with a handle before any compiler sees it.
-        library.implement(f"{self.name}.named", self.calls.traced, "CompositeImplicitAutograd")
+        library.implement(f"{self.name}.named", self.calls.named(layer.name), "CompositeImplicitAutograd")
 
     def _dress(self, fn: Any) -> None:
         """Make the generated function look like the decorated one and carry this op's methods."""

@@ -55,6 +55,19 @@ def test_dead_calls_still_update_the_cache_in_order(backend: str, inference: boo
     assert caches[1].item() == ((once * 2 + 6) * 2 + 18) * 2 + 30
 
 
+def test_a_string_for_torch_ops_is_refused_where_the_call_would_vanish() -> None:
+    def step(x: Tensor) -> Tensor:
+        torch.ops.t_effects.store(x, "a")
+        return x + 1
+
+    layer = SimpleNamespace(cache=torch.ones(1))
+    with forward_context(layers={"a": layer}, metadata=1):
+        step(torch.ones(2, 3))
+        assert layer.cache.item() == 8
+        with pytest.raises(RuntimeError, match=r"t_effects::store: .* a compiler, which would remove the call"):
+            torch.compile(step, backend="aot_eager", fullgraph=True)(torch.ones(2, 3))
+
+
 def test_an_op_that_could_vanish_is_refused_with_the_cures() -> None:
     with pytest.raises(RegistrationError, match="every compiler removes it") as caught:
 

@@ -109,3 +109,31 @@ def test_vllm_style_metadata_of_all_layers(capsys: pytest.CaptureFixture[str]) -
     with opreg.forward_context(layers={"a": layer_of(call)}, metadata={"a": whole, "b": None}):
         gdn_attention_core(*(call[name] for name in PACKED), "a")
     torch.testing.assert_close(call["core_attn_out"], want["core_attn_out"])
+
+
+@pytest.mark.parametrize("backend", [None, "eager", "aot_eager", "opreg"])
+def test_torch_ops_takes_the_layers_name_as_a_string(backend: str | None) -> None:
+    # As vLLM's callers on XPU do (PR #39466), several layers in one graph.
+    calls = {f"layers.{i}": call_of() for i in range(2)}
+    layers = {name: layer_of(call) for name, call in calls.items()}
+    packed = [next(iter(calls.values()))[name] for name in PACKED[2:]]
+
+    def model(qkvz: torch.Tensor, ba: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros(qkvz.shape[0], 4, 32)
+        for name in layers:
+            core = torch.zeros_like(total)
+            z = torch.empty_like(total)
+            torch.ops.opreg.gdn_attention_core_xpu(core, z, qkvz, ba, name)
+            total = total + core * z
+        return total
+
+    run = model if backend is None else torch.compile(model, backend=backend, fullgraph=True)
+    with opreg.forward_context(layers=layers, metadata=metadata_of(calls["layers.0"])):
+        got = run(*packed)
+    want = torch.zeros_like(got)
+    for call in calls.values():
+        direct = {**call_of(), **dict(zip(PACKED[2:], packed, strict=True))}
+        gdn_attention(**direct)
+        want += direct["core_attn_out"] * direct["z"]
+        torch.testing.assert_close(call["ssm_state"], direct["ssm_state"], equal_nan=True)
+    torch.testing.assert_close(got, want)

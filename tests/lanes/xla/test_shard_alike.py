@@ -10,7 +10,6 @@ import sys
 import pytest
 import torch
 import torch_xla
-
 from opreg.ops import shard_alike
 
 PROGRAM = """

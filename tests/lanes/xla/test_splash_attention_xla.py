@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch_xla
-
 from opreg.ops import splash_attention
 
 OPTIONS = {"causal": True, "window": 5, "soft_cap": 0.8}

@@ -21,7 +21,7 @@ from .jax_bridge_programs import Program, find_function, find_program
 from .jax_bridge_shapes import evaluate, infer
 from .op import OpFunction, register_op
 
-DEVICES = ("cpu", "xla", "tpu")
+DEVICES = ("cpu", "cuda", "xla", "tpu")
 """Device types for which jax_bridge_executors has an executor; a kernel made from a JAX function serves all of them."""
 
 

@@ -87,8 +87,14 @@ def {name}({parameters}):
 _DIRECT = """\
     if {guard}:
         _run = _cpu if {first}.is_cpu else _runners.get({first}.device.type)
-        if _run is not None:
+{on_xla}        if _run is not None:
             return _run({arguments})
+"""
+
+# An op that writes must not wait for the dispatcher to make the runner: on XLA it would not come back (xla_writes.py).
+_ON_XLA = """\
+        if _run is None and {first}.is_xla:
+            _run = _runner("xla")
 """
 
 # What stands in for the functions above until the first call: compiling their source costs 0.3 ms, ten times what is
@@ -174,7 +180,10 @@ class Calls:
         spec = self.op.spec
         first, direct = spec.first_tensor, ""
         if first is not None:
-            direct = _DIRECT.format(guard=_guard_source(spec, first), first=first.name, arguments=arguments(spec))
+            on_xla = _ON_XLA.format(first=first.name) if spec.mutates else ""
+            direct = _DIRECT.format(
+                guard=_guard_source(spec, first), first=first.name, on_xla=on_xla, arguments=arguments(spec)
+            )
         self.entry.__code__ = self._code(_ANY_DEVICE, runners="_runners", make="_runner")
         self.public.__code__ = self._code(_PUBLIC, direct=direct)
         return self

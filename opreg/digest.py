@@ -8,6 +8,7 @@ cache key is computed, and a process that compiles nothing pays nothing.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import sys
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("opreg")
 
 _MARK = "|opreg="
-_DEPTH = 4
+_DEPTH = 6
+_VENDORS = ("torch", "jax", "numpy", "opreg.spec")
 _known: tuple[int, str] = (-1, "")
 
 
@@ -66,10 +68,8 @@ def of_code(fn: Callable[..., Any]) -> str:
 
 def _parts(value: Any, depth: int, seen: set[int]) -> Iterator[bytes]:
     """The bytes of a function: code, defaults, closure, and the functions and constants of its module that it names."""
-    fn = getattr(value, "__wrapped__", value)
-    if isinstance(fn, types.MethodType):
-        fn = fn.__func__
-    if not isinstance(fn, types.FunctionType):
+    fn = _function(value)
+    if fn is None:
         yield _constant(value)
         return
     if id(fn) in seen or depth == 0:
@@ -81,10 +81,25 @@ def _parts(value: Any, depth: int, seen: set[int]) -> Iterator[bytes]:
     cells = [cell.cell_contents for cell in fn.__closure__ or () if _filled(cell)]
     names = _global_names(fn.__code__)
     for inner in (*cells, *(fn.__globals__[name] for name in names if name in fn.__globals__)):
-        if isinstance(inner, types.FunctionType) and not inner.__module__.startswith(("torch", "opreg.spec")):
-            yield from _parts(inner, depth - 1, seen)
+        named = _function(inner)
+        if named is not None and not str(named.__module__).startswith(_VENDORS):
+            yield from _parts(named, depth - 1, seen)
         else:
             yield _constant(inner)
+
+
+def _function(value: Any) -> types.FunctionType | None:
+    """The Python function that is called in the end: behind jax.jit, functools, a method or a kernel of from_jax."""
+    while not isinstance(value, types.FunctionType) or "__wrapped__" in value.__dict__:
+        if isinstance(value, functools.partial):
+            value = value.func
+        elif isinstance(value, types.MethodType):
+            value = value.__func__
+        elif not isinstance(value, type) and "__wrapped__" in getattr(value, "__dict__", ()):
+            value = value.__wrapped__
+        else:
+            return None
+    return value
 
 
 def _filled(cell: types.CellType) -> bool:

@@ -28,7 +28,7 @@ class JaxArgumentError(OpregError, TypeError):
 
 
 # A tensor type that numpy lacks is passed as the integers that it is stored in, and renamed on the other side.
-_STORED: dict[torch.dtype, tuple[torch.dtype, str]] = {
+STORED: dict[torch.dtype, tuple[torch.dtype, str]] = {
     torch.bfloat16: (torch.uint16, "bfloat16"),
     torch.float8_e4m3fn: (torch.uint8, "float8_e4m3fn"),
     torch.float8_e5m2: (torch.uint8, "float8_e5m2"),
@@ -94,7 +94,7 @@ def runtime() -> Runtime:
     if not callable(enable_x64):
         enable_x64 = importlib.import_module("jax.experimental").enable_x64
     to_numpy = {dtype: numpy.dtype(str(dtype).removeprefix("torch.")) for dtype in _DIRECT}
-    to_numpy.update({dtype: numpy.dtype(getattr(jnp, name)) for dtype, (_, name) in _STORED.items()})
+    to_numpy.update({dtype: numpy.dtype(getattr(jnp, name)) for dtype, (_, name) in STORED.items()})
     cpu = jax.local_devices(backend="cpu")[0]
     return Runtime(
         jax=jax,
@@ -121,10 +121,10 @@ def check_tensor(tensor: torch.Tensor, name: str, function: str) -> None:
     if tensor.layout is not torch.strided or tensor.is_nested:
         kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
         raise JaxArgumentError(f"call_jax({function}): {name} is a {kind} tensor; JAX takes dense ones, see to_dense()")
-    if tensor.dtype not in _STORED and tensor.dtype not in _DIRECT:
+    if tensor.dtype not in STORED and tensor.dtype not in _DIRECT:
         raise JaxArgumentError(
             f"call_jax({function}): {name} has dtype {tensor.dtype}, which has no JAX counterpart; convert it first. "
-            f"JAX takes {', '.join(sorted(str(d).removeprefix('torch.') for d in (*_DIRECT, *_STORED)))}"
+            f"JAX takes {', '.join(sorted(str(d).removeprefix('torch.') for d in (*_DIRECT, *STORED)))}"
         )
 
 
@@ -134,7 +134,7 @@ def numpy_view(tensor: torch.Tensor) -> Any:
         tensor = tensor.detach()
     if tensor.is_conj() or tensor.is_neg():
         tensor = tensor.resolve_conj().resolve_neg()
-    stored = _STORED.get(tensor.dtype)
+    stored = STORED.get(tensor.dtype)
     if stored is None:
         return tensor.numpy()
     return tensor.view(stored[0]).numpy().view(runtime().to_numpy_dtype[tensor.dtype])
@@ -162,7 +162,7 @@ def cpu_tensor(array: Any, function: str, keep: bool = False) -> torch.Tensor:
 
 def _named(array: Any, dtype: torch.dtype) -> torch.Tensor:
     """torch.from_numpy for every dtype of the table."""
-    stored = _STORED.get(dtype)
+    stored = STORED.get(dtype)
     if stored is None:
         return torch.from_numpy(array)
     return torch.from_numpy(array.view(runtime().to_numpy_dtype[stored[0]])).view(dtype)

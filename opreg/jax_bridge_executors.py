@@ -14,6 +14,7 @@ import torch
 
 from .errors import KernelError
 from .jax_bridge_arrays import COPY_LIMIT, PLAIN, WIDE, cpu_tensor, numpy_view, runtime, torch_dtype
+from .jax_bridge_cuda import on_cuda
 from .jax_bridge_programs import Program
 from .jax_bridge_tpu import on_tpu
 from .jax_bridge_xla import on_xla
@@ -116,4 +117,4 @@ def own(program: Program, leaves: list[Any], arrays: Sequence[Any]) -> list[torc
 
 
 Executor = Callable[[Program, Sequence[torch.Tensor], tuple[int, ...]], tuple[list[torch.Tensor], Any]]
-EXECUTORS: dict[str, Executor] = {"cpu": on_cpu, "xla": on_xla, "tpu": on_tpu}
+EXECUTORS: dict[str, Executor] = {"cpu": on_cpu, "cuda": on_cuda, "xla": on_xla, "tpu": on_tpu}

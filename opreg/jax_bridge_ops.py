@@ -21,7 +21,7 @@ from .jax_bridge_programs import Program, find_function, find_program
 from .jax_bridge_shapes import evaluate, infer
 from .op import OpFunction, register_op
 
-DEVICES = ("cpu", "xla", "tpu")
+DEVICES = ("cpu", "cuda", "xla", "tpu")
 """Device types for which jax_bridge_executors has an executor; a kernel made from a JAX function serves all of them."""
 
 
@@ -38,6 +38,8 @@ class JaxKernel:
         self.mutates_args = mutates_args
         module, name = target.split(":") if isinstance(target, str) else (target.__module__, target.__name__)
         self.__module__, self.__name__, self.__qualname__ = module, name, name
+        if not isinstance(target, str):
+            self.__wrapped__ = target  # the contract digest reads the function behind the fake and the gradients
 
     @functools.cached_property
     def fn(self) -> Callable[..., Any]:

@@ -4,7 +4,8 @@ Every tensor of torch_xla is a functional wrapper: PyTorch's functionalisation s
 and it refuses any operator of others that writes an argument. So the operator is caught one level above it, in the
 autograd key of XLA (such an op has no gradient formula). There the kernel gets the user's own tensors, and what it
 writes with copy_ or index_put_ is functionalised like every other torch operation: views see it, and the lazy graph
-updates the buffer in place.
+updates the buffer in place. In inference mode tensors have no autograd key, so there it is the direct call of the
+kernel (opreg.call) that comes before functionalisation, and `torch.ops.ns.op(...)` is refused by torch.
 """
 
 from __future__ import annotations
@@ -31,17 +32,39 @@ def catch(op: Op) -> None:
 
     def on_xla(args: tuple[Any, ...]) -> Any:
         tensors = [value for arg, value in zip(op.spec.args, args, strict=True) if arg.is_tensor]
-        real = all(value is None or type(value) in _PLAIN for value in tensors)
-        if not real:
-            _let_graphs_through()
         with torch._C._AutoDispatchBelowAutograd():
-            return op.call_with(op.calls.entry if real else op.overload, args)
+            if all(value is None or type(value) in _PLAIN for value in tensors):
+                return op.call_with(op.calls.entry, args)
+            _let_graphs_through()
+            return _in_graph(op, args)
 
     @functools.cache
     def gathered() -> Callable[..., Any]:
         return op.gather(on_xla)  # made at the first call: most processes never have a tensor of torch_xla
 
     library.implement(op.name, lambda *args, **kwargs: gathered()(*args, **kwargs), "AutogradXLA")
+
+
+def _in_graph(op: Op, args: tuple[Any, ...]) -> Any:
+    """The op on copies of what it writes, copied back.
+
+    torch's wrapper of a writing op rebuilds a view from a copy of its base, below functionalisation, where tensors of
+    torch_xla share no memory: what the op writes into the view would be lost. XLA takes the copies out again.
+    """
+    copies, written = [], []
+    for arg, value in zip(op.spec.args, args, strict=True):
+        copy = value
+        if arg.mutated and not arg.layer and value is not None:
+            copy = [x.clone() for x in value] if isinstance(value, (list, tuple)) else value.clone()
+            written += zip(value, copy, strict=True) if isinstance(copy, list) else [(value, copy)]
+        copies.append(copy)
+    for old, _ in written:
+        # The memory of a graph's input that is overwritten may hold the new value; of other tensors this says nothing.
+        torch.ops.xla.dynamo_set_buffer_donor_(old, True)
+    result = op.call_with(op.overload, tuple(copies))
+    for old, new in written:
+        old.copy_(new)
+    return result
 
 
 @functools.cache

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Annotated, Literal
 
 import jax
@@ -11,7 +14,7 @@ import torch
 from torch import Tensor
 
 import opreg
-from opreg import jax_bridge, library
+from opreg import digest, jax_bridge, jax_bridge_ops, library
 from opreg.jax_bridge import from_jax, register_jax_op
 
 
@@ -157,7 +160,6 @@ def test_a_jax_kernel_serves_an_op_and_is_listed():
 def test_a_kernel_named_by_a_string_is_imported_at_first_use(tmp_path, monkeypatch):
     (tmp_path / "lately.py").write_text("import jax.numpy as jnp\ndef double(x):\n    return jnp.multiply(x, 2)\n")
     monkeypatch.syspath_prepend(tmp_path)
-    import sys
 
     @opreg.register_op("opregjaxtest::double_late")
     def double_late(x: Annotated[Tensor, "*n"]) -> Annotated[Tensor, "*n"]: ...
@@ -214,3 +216,55 @@ def test_the_direct_operator_is_reachable_by_name():
     assert torch.ops.opregjaxtest.affine(x, x).tolist() == x.tolist()
     assert library.is_defined("opregjaxtest::affine")
     assert jax_bridge.register_jax_op is register_jax_op
+
+
+FACTOR = 2
+
+
+@jax.jit
+def repeated(x):
+    return jnp.tile(x, FACTOR)
+
+
+def test_the_contract_digest_covers_the_jax_function_and_what_it_calls(monkeypatch):
+    @register_jax_op("opregjaxtest::tiled")
+    def tiled(x: jax.Array) -> jax.Array:
+        return repeated(x)
+
+    before = digest.of_op(tiled.op)
+    assert digest.of_op(tiled.op) == before
+    monkeypatch.setitem(globals(), "FACTOR", 3)
+    assert digest.of_op(tiled.op) != before
+    monkeypatch.undo()
+    assert digest.of_op(tiled.op) == before
+    codes = [digest.of_code(jax_bridge_ops.JaxKernel(fn, ())) for fn in (lambda x: x * 2, lambda x: x * 3)]
+    assert codes[0] != codes[1]
+
+
+CHANGED = """
+import torch, jax, jax.numpy as jnp
+from opreg import register_jax_op
+
+@jax.jit
+def widen(x):
+    return jnp.tile(x, TIMES)
+
+@register_jax_op("opregjaxdisk::op")
+def op(x: jax.Array) -> jax.Array:
+    return widen(x)
+
+from torch._dynamo.utils import counters
+out = torch.compile(lambda x: op(x), fullgraph=True)(torch.ones(2))
+print(out.shape[0], counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"])
+"""
+
+
+@pytest.mark.slow
+def test_a_changed_jax_function_misses_the_disk_cache(tmp_path):
+    settings = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    found = []
+    for times in (2, 2, 3):
+        command = [sys.executable, "-c", CHANGED.replace("TIMES", str(times))]
+        done = subprocess.run(command, env=settings, capture_output=True, text=True, check=True, timeout=300)
+        found.append(done.stdout.split())
+    assert found == [["4", "0", "1"], ["4", "1", "0"], ["6", "0", "1"]]

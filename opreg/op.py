@@ -11,9 +11,9 @@ from typing import Any, Generic, Protocol, cast, overload
 import torch
 from typing_extensions import ParamSpec, TypeVar
 
-from . import _compat, call, devices, digest, fake, library, registry, runner, select, signature
+from . import _compat, call, devices, digest, fake, library, registry, runner, select, sharding, signature
 from .errors import DuplicateOpError, RegistrationError, SignatureError
-from .spec import REFERENCE, REFERENCE_PRIORITY, KernelSpec, OpSpec
+from .spec import REFERENCE, REFERENCE_PRIORITY, KernelSpec, OpSpec, kernel_name, same_kernel
 
 # Defaults, so that `Op` alone means an op of any signature.
 P = ParamSpec("P", default=...)
@@ -37,6 +37,7 @@ class Op(Generic[P, R]):
         self.batching: Callable[..., Any] | None = None
         self.traced = False  # whether a compiler has seen the fake
         self.has_vmap = False
+        self.sharding: sharding.Rule | None = None
         self.inputs: Inputs | None = None
         self.tolerances: dict[torch.dtype, tuple[float, str]] = {}
         self.forced_somewhere = 0
@@ -138,7 +139,7 @@ class Op(Generic[P, R]):
         with self._lock:
             known = next((k for k in self.kernels if k.name == kernel.name), None)
             if known is not None:
-                if _same_kernel(known, kernel):
+                if same_kernel(known, kernel):
                     return target
                 raise RegistrationError(
                     f"{self.name}: there is already a kernel '{kernel.name}' for {known.devices} ({known.target}); "
@@ -163,7 +164,7 @@ class Op(Generic[P, R]):
             )
         types = (device_types,) if isinstance(device_types, str) else device_types
         return KernelSpec(
-            name=REFERENCE if priority == REFERENCE_PRIORITY and types is None else _kernel_name(target),
+            name=REFERENCE if priority == REFERENCE_PRIORITY and types is None else kernel_name(target),
             device_types=None if types is None else tuple(devices.check(t, self.name) for t in types),
             target=target,
             requires=(requires,) if isinstance(requires, str) else tuple(requires),
@@ -221,6 +222,17 @@ class Op(Generic[P, R]):
         digest.changed_after_trace(self, "a batching rule")
         return fn
 
+    def register_sharding(self, *dims: str, others: sharding.Others = None) -> None:
+        """Let DTensors be split along these dims of the contract, all together; the rest is whole on every rank.
+
+        others: {argument: dim} for tensors whose contract does not name the dim, or a function of the op's arguments
+            that returns it. Written arguments are never redistributed: wrong placements are an error.
+
+        Raises RegistrationError for a name that no contract or argument has.
+        """
+        self.sharding = sharding.Rule(self, dims, others)
+        digest.changed_after_trace(self, "a sharding rule")
+
     def register_inputs(self, fn: Inputs) -> Inputs:
         """Register sample calls: `fn(device, dtype, generator)` yields dicts of keyword arguments, one per call.
 
@@ -270,6 +282,7 @@ _METHODS = (
     "register_fake",
     "register_autograd",
     "register_vmap",
+    "register_sharding",
     "register_inputs",
     "samples",
     "tolerance",
@@ -289,6 +302,7 @@ class OpFunction(Protocol[P, R_co]):
     register_fake: Callable[..., Any]
     register_autograd: Callable[..., None]
     register_vmap: Callable[..., Any]
+    register_sharding: Callable[..., None]
     register_inputs: Callable[[Inputs], Inputs]
     samples: Callable[..., Iterator[dict[str, Any]]]
     tolerance: Callable[..., None]
@@ -296,22 +310,6 @@ class OpFunction(Protocol[P, R_co]):
     check: Callable[[], Any]
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
-
-
-def _kernel_name(target: str | Callable[..., Any]) -> str:
-    """'xpu/fused' of "pkg.kernels.xpu.gdn:fused": the folder below `kernels` (or the module) and the function."""
-    module, function = target.split(":") if isinstance(target, str) else (target.__module__, target.__name__)
-    parts = module.split(".")
-    folder = parts[parts.index("kernels") + 1] if "kernels" in parts[:-1] else parts[-1]
-    return f"{folder}/{function}"
-
-
-def _same_kernel(known: KernelSpec, new: KernelSpec) -> bool:
-    def place(target: Any) -> Any:
-        return (target.__module__, target.__qualname__) if callable(target) else target
-
-    same = (known.device_types, known.requires, known.priority) == (new.device_types, new.requires, new.priority)
-    return same and place(known.target) == place(new.target) and place(known.why_not) == place(new.why_not)
 
 
 def _qualify(name: str | None, fn: Callable[..., Any]) -> str:
@@ -361,7 +359,8 @@ def register_op(
     tags: torch.Tag values. kind: "attention" marks an op at which graphs are split (see splitting_ops).
 
     Annotations are the contract: `x: Annotated[Tensor, "*n d"]`. The function returned has the declared parameters and
-    carries register_kernel, register_fake, register_autograd, register_vmap, register_inputs, tolerance, explain.
+    carries register_kernel, register_fake, register_autograd, register_vmap, register_sharding, register_inputs,
+    tolerance, explain.
 
     Raises SignatureError, RegistrationError, DuplicateOpError.
 

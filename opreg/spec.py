@@ -105,6 +105,22 @@ class KernelSpec:
         return f"needs {', '.join(absent)}" if absent else None
 
 
+def kernel_name(target: str | Callable[..., Any]) -> str:
+    """'xpu/fused' of "pkg.kernels.xpu.gdn:fused": the folder below `kernels` (or the module) and the function."""
+    module, function = target.split(":") if isinstance(target, str) else (target.__module__, target.__name__)
+    parts = module.split(".")
+    folder = parts[parts.index("kernels") + 1] if "kernels" in parts[:-1] else parts[-1]
+    return f"{folder}/{function}"
+
+
+def same_kernel(known: KernelSpec, new: KernelSpec) -> bool:
+    def place(target: Any) -> Any:
+        return (target.__module__, target.__qualname__) if callable(target) else target
+
+    same = (known.device_types, known.requires, known.priority) == (new.device_types, new.requires, new.priority)
+    return same and place(known.target) == place(new.target) and place(known.why_not) == place(new.why_not)
+
+
 def _installed(module: str) -> bool:
     parent = module.rpartition(".")[0]
     # find_spec of a dotted name imports the parent and raises if it is absent, so parents are looked for first.

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from opreg import register_op
 
+from .paged_attention_inputs import split_pages
+
 
 @register_op("opreg::kv_cache_update", mutates_args=("kv_pages",))
 def kv_cache_update(
@@ -41,6 +43,7 @@ kv_cache_update.register_kernel(None, "opreg.kernels.cpu.rpa_torch:kv_cache_upda
 kv_cache_update.register_kernel(
     "cpu", "opreg.kernels.cpu.rpa_cpp_update:rpa_cpp_write", why_not="opreg.kernels.cpu.rpa_cpp_update:why_not_update"
 )
+kv_cache_update.register_sharding("h", others=split_pages)
 for _dtype in (torch.float32, torch.bfloat16, torch.float16):
     kv_cache_update.tolerance(_dtype, 0.0, "numbers are copied, or rounded once to nearest even")
 

@@ -128,6 +128,14 @@ def _installed(module: str) -> bool:
 
 
 @dataclass(frozen=True)
+class Fusion:
+    """Where Inductor may see through an op (device types; None: every one), and with what priority among kernels."""
+
+    device_types: tuple[str, ...] | None
+    priority: int
+
+
+@dataclass(frozen=True)
 class OpSpec:
     """What an op is: name, parameters, returns, schema, kind, tags, where it was declared."""
 

@@ -61,3 +61,14 @@ def test_an_op_or_the_framework_must_be_named(capsys):
         main(["bench"])
     assert caught.value.code == 2
     assert "give an operator's name, or --framework" in capsys.readouterr().err
+
+
+def test_splitting_is_timed_beside_torch_s_own(monkeypatch):
+    from opreg import bench_split
+
+    small = bench_split.transformer(2)
+    monkeypatch.setattr(bench_split, "transformer", lambda layers: small)
+    rows = list(bench_split.splits(rounds=1))
+    assert {row.what for row in rows} == {"split_module", "split_graph", "split_graph, every piece built"}
+    assert all(row.seconds > 0 for row in rows)
+    assert all(row.ratio == 1 for row in rows if row.what == row.baseline)

@@ -1,6 +1,6 @@
 """`opreg bench OP`: every kernel that runs here, beside the reference, on the op's registered inputs, in one run.
 
-`opreg bench --framework` times opreg's own calls, registration and look-up beside torch's ways of doing the same.
+`opreg bench --framework` times opreg's own calls, registration, splitting and compiling beside torch's ways.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from opreg.bench import Timing
     from opreg.op import Op
 
-_SECTIONS = ("eager", "compiled", "registration", "context")
+_SECTIONS = ("eager", "compiled", "registration", "context", "split", "cold", "warm")
 
 
 def add(commands: Any) -> None:

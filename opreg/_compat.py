@@ -39,6 +39,11 @@ def constant_under_dynamo(fn: F) -> F:
     return fn
 
 
+def dtensor_needs_a_result() -> bool:
+    """Whether DTensor fails at operators that return nothing ("list index out of range"). Delete with torch 2.9."""
+    return torch_version() <= (2, 9)
+
+
 def fake_holder(qualname: str) -> Any:
     """Where torch keeps the fake implementations of an operator; unchanged from torch 2.8 to 2.13."""
     return torch._library.simple_registry.singleton.find(qualname).fake_impl

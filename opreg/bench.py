@@ -29,7 +29,8 @@ class Timing:
         return (self.high - self.low) / self.median if self.median else 0.0
 
 
-def _summary(samples: list[float]) -> Timing:
+def summary(samples: list[float]) -> Timing:
+    """Median and quartiles of one alternative's samples."""
     ordered = sorted(samples)
     last = len(ordered) - 1
     return Timing(statistics.median(ordered), ordered[last // 4], ordered[(3 * last) // 4])
@@ -59,7 +60,7 @@ def interleave(
             begin = clock()
             alternatives[name]()
             samples[name].append(clock() - begin)
-    return {name: _summary(samples[name]) for name in alternatives}
+    return {name: summary(samples[name]) for name in alternatives}
 
 
 def per_call(
@@ -87,7 +88,7 @@ def per_call(
     finally:
         if enabled:
             gc.enable()
-    return {name: _summary(found) for name, found in samples.items()}
+    return {name: summary(found) for name, found in samples.items()}
 
 
 def _loop(expression: str, names: Mapping[str, Any]) -> Callable[[int], int]:

@@ -1,7 +1,8 @@
 """What opreg itself costs, beside torch's own ways in the same run: `opreg bench --framework`.
 
-Sections as in the tables of the README: eager calls of three signatures, calls inside a compiled graph, registration,
-forward context. Every figure is a ratio beside its baseline; absolute times move with the machine.
+Sections: eager calls of three signatures, calls inside a compiled graph, registration, forward context, splitting, and
+compiling and running a model of 32 layers. Every figure is a ratio beside its baseline; absolute times move with the
+machine.
 """
 
 from __future__ import annotations
@@ -11,28 +12,19 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .bench import Timing, interleave, per_call
+from .bench_compile import cold_compiles, warm_forwards
+from .bench_rows import Row, rows
+from .bench_split import splits
 from .context import current_layer, forward_context
 from .op import register_op
 
 _OUT = torch.zeros(4)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line: what was timed, how long it took, and how often the baseline's time that is."""
-
-    section: str
-    what: str
-    seconds: float
-    baseline: str
-    ratio: float
 
 
 def _one(x: Tensor) -> Tensor:
@@ -112,12 +104,6 @@ def _fake_like(fn: Callable[..., Any], mutates: tuple[str, ...]) -> Callable[...
     return fake if all(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters) else fn
 
 
-def _rows(section: str, timings: dict[str, Timing], baseline: str) -> Iterator[Row]:
-    base = timings[baseline].median
-    for what, timing in timings.items():
-        yield Row(section, what, timing.median, baseline, timing.median / base)
-
-
 def eager_calls(rounds: int = 60) -> Iterator[Row]:
     """Calls in plain eager, grad mode on and no input that wants a gradient; then the same under no_grad."""
     x = [torch.randn(4) for _ in range(5)]
@@ -126,10 +112,10 @@ def eager_calls(rounds: int = 60) -> Iterator[Row]:
         ways, expression = _ways(index)
         calls = {way: (expression, {**names, "f": function}) for way, function in ways.items()}
         calls["plain Python"] = (expression, {**names, "f": fn})
-        yield from _rows(f"eager: {label}", per_call(calls, rounds=rounds), "define+impl")
+        yield from rows(f"eager: {label}", per_call(calls, rounds=rounds), "define+impl")
         del calls["custom_op"], calls["opreg overload"]
         with torch.no_grad():
-            yield from _rows(f"eager, no_grad: {label}", per_call(calls, rounds=rounds), "define+impl")
+            yield from rows(f"eager, no_grad: {label}", per_call(calls, rounds=rounds), "define+impl")
 
 
 def compiled_calls(rounds: int = 60, many: int = 40) -> Iterator[Row]:
@@ -153,7 +139,7 @@ def compiled_calls(rounds: int = 60, many: int = 40) -> Iterator[Row]:
             one, all_calls = raw[f"{way} 1"], raw[f"{way} {many}"]
             slope = (all_calls.median - one.median) / (many - 1)
             slopes[way] = Timing(slope, slope, slope)
-        yield from _rows(f"in a compiled graph: {label}", slopes, "define+impl")
+        yield from rows(f"in a compiled graph: {label}", slopes, "define+impl")
 
 
 def _repeated(function: Any, expression: str, calls: int, mutating: bool) -> Callable[..., Any]:
@@ -195,7 +181,7 @@ def registration(count: int = 60) -> Iterator[Row]:
     ways = {"opreg": opreg, "define+impl": vllm_style, "custom_op": custom_op}
     timings = interleave(ways, seconds=0.5, rounds=5, clock=time.thread_time)
     each = {w: Timing(t.median / count, t.low / count, t.high / count) for w, t in timings.items()}
-    yield from _rows("registration: one op with its fake", each, "define+impl")
+    yield from rows("registration: one op with its fake", each, "define+impl")
 
 
 def _registered(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
@@ -237,9 +223,9 @@ def forward_contexts() -> Iterator[Row]:
                     "module global": ("f('layers.7')", {"f": _from_global}),
                 }
             )
-        yield from _rows("forward context: look-up", timings, "module global")
+        yield from rows("forward context: look-up", timings, "module global")
         enter = per_call({"enter and leave": ("c.__enter__(); c.__exit__()", {"c": context})}, number=500)
-        yield from _rows("forward context: enter and leave", enter, "enter and leave")
+        yield from rows("forward context: enter and leave", enter, "enter and leave")
     finally:
         _bare.reset(token)
         _Global.layers = None
@@ -250,4 +236,7 @@ SECTIONS: dict[str, Callable[[], Iterator[Row]]] = {
     "compiled": compiled_calls,
     "registration": registration,
     "context": forward_contexts,
+    "split": splits,
+    "cold": cold_compiles,
+    "warm": warm_forwards,
 }

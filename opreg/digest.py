@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import __version__, alias, registry
+from . import __version__, alias, fusion, registry
 
 if TYPE_CHECKING:
     from .op import Op
@@ -55,6 +55,10 @@ def of_op(op: Op[..., Any]) -> str:
     source = fake_source(op)
     fake = {"register_fake": op.explicit_fake, "body": op.body}.get(source)
     code = [source, *(of_code(fn) for fn in (fake, *op.formula, op.batching) if fn is not None)]
+    if op.fusion is not None:
+        code.append(fusion.facts(op))
+    if op.sharding is not None:
+        code += [op.sharding.facts, *([of_code(op.sharding.others)] if callable(op.sharding.others) else [])]
     return op.spec.digest("\n".join(code))
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import digest, lowering
+from . import digest, fusion, lowering, sharding
 from .errors import ContractError, RegistrationError
 from .shapes import Binding, Mismatch
 from .spec import ArgSpec, Like, OpSpec, ReturnSpec
@@ -148,6 +148,8 @@ def make_fake(op: Op) -> Callable[..., Any]:
     def fake(args: tuple[Any, ...]) -> Any:
         op.traced = True
         lowering.install_if_inductor(op)
+        fusion.install_if_inductor(op)
+        sharding.install_if_distributed(op)
         digest.in_cache_key()
         binding = bind(op.spec, args)
         source = fake_source(op)

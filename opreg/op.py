@@ -11,9 +11,23 @@ from typing import Any, Generic, Protocol, cast, overload
 import torch
 from typing_extensions import ParamSpec, TypeVar
 
-from . import _compat, call, devices, digest, fake, library, registry, runner, select, signature, xla_writes
+from . import (
+    _compat,
+    call,
+    devices,
+    digest,
+    fake,
+    fusion,
+    library,
+    registry,
+    runner,
+    select,
+    sharding,
+    signature,
+    xla_writes,
+)
 from .errors import DuplicateOpError, RegistrationError, SignatureError
-from .spec import REFERENCE, REFERENCE_PRIORITY, KernelSpec, OpSpec
+from .spec import REFERENCE, REFERENCE_PRIORITY, Fusion, KernelSpec, OpSpec, same_kernel
 
 # Defaults, so that `Op` alone means an op of any signature.
 P = ParamSpec("P", default=...)
@@ -37,6 +51,8 @@ class Op(Generic[P, R]):
         self.batching: Callable[..., Any] | None = None
         self.traced = False  # whether a compiler has seen the fake
         self.has_vmap = False
+        self.fusion: Fusion | None = None
+        self.sharding: sharding.Rule | None = None
         self.inputs: Inputs | None = None
         self.tolerances: dict[torch.dtype, tuple[float, str]] = {}
         self.forced_somewhere = 0
@@ -104,6 +120,8 @@ class Op(Generic[P, R]):
             self.forced_somewhere += change
             if bool(before) != bool(self.forced_somewhere):
                 self.calls.reset()
+                if self.fusion is not None:
+                    digest.changed_after_trace(self, "a forced kernel, where fusion was possible,")
 
     # What users call. Words and meanings are torch.library's where it has them.
 
@@ -132,7 +150,7 @@ class Op(Generic[P, R]):
                 return fn
 
             return decorate
-        kernel = self._kernel_spec(device_types, target, requires, why_not, priority)
+        kernel = select.make_kernel(self, device_types, target, requires, why_not, priority)
         if callable(target):
             select.check_signature(self, f"kernel {kernel.name}", target)
         if callable(why_not):
@@ -140,49 +158,18 @@ class Op(Generic[P, R]):
         with self._lock:
             known = next((k for k in self.kernels if k.name == kernel.name), None)
             if known is not None:
-                if _same_kernel(known, kernel):
+                if same_kernel(known, kernel):
                     return target
                 raise RegistrationError(
                     f"{self.name}: there is already a kernel '{kernel.name}' for {known.devices} ({known.target}); "
                     "rename the function, or register it once with all its device types"
                 )
-            self._refuse_tie(kernel)
+            select.refuse_tie(self, kernel)
             self.kernels = sorted([*self.kernels, kernel], key=lambda k: -k.priority)
             self.calls.reset()
+        if self.fusion is not None:
+            digest.changed_after_trace(self, "a kernel that fusion is measured against")
         return target
-
-    def _kernel_spec(
-        self,
-        device_types: str | Iterable[str] | None,
-        target: str | Callable[..., Any],
-        requires: str | Iterable[str],
-        why_not: str | Callable[..., str | None] | None,
-        priority: int,
-    ) -> KernelSpec:
-        if isinstance(target, str) and (target.count(":") != 1 or not all(target.split(":"))):
-            raise RegistrationError(
-                f"{self.name}: kernel target '{target}' is not of the form 'package.module:function'"
-            )
-        types = (device_types,) if isinstance(device_types, str) else device_types
-        return KernelSpec(
-            name=REFERENCE if priority == REFERENCE_PRIORITY and types is None else _kernel_name(target),
-            device_types=None if types is None else tuple(devices.check(t, self.name) for t in types),
-            target=target,
-            requires=(requires,) if isinstance(requires, str) else tuple(requires),
-            why_not=why_not,
-            priority=priority,
-            source=target if isinstance(target, str) else signature.source_of(target),
-        )
-
-    def _refuse_tie(self, kernel: KernelSpec) -> None:
-        for other in self.kernels:
-            overlap = kernel.device_types is None or other.device_types is None
-            overlap = overlap or bool(set(kernel.device_types or ()) & set(other.device_types or ()))
-            if overlap and other.priority == kernel.priority:
-                raise RegistrationError(
-                    f"{self.name}: kernels '{other.name}' ({other.devices}) and '{kernel.name}' ({kernel.devices}) "
-                    f"both have priority {kernel.priority}; give one a larger priority=, the larger wins"
-                )
 
     def register_fake(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """Make `fn` the fake implementation (shapes only), instead of the one derived from the contract."""
@@ -222,6 +209,27 @@ class Op(Generic[P, R]):
         self.has_vmap, self.batching = True, fn
         digest.changed_after_trace(self, "a batching rule")
         return fn
+
+    def register_fusion(self, device_types: str | Iterable[str] | None = None, *, priority: int = 0) -> None:
+        """Let Inductor compile the body into its graphs on these devices, where no kernel has this priority or more.
+
+        Raises RegistrationError for an op without body, or one that writes."""
+        fusion.check(self)
+        types = (device_types,) if isinstance(device_types, str) else device_types
+        checked = None if types is None else tuple(devices.check(t, self.name) for t in types)
+        self.fusion = Fusion(checked, priority)
+        digest.changed_after_trace(self, "fusion")
+
+    def register_sharding(self, *dims: str, others: sharding.Others = None) -> None:
+        """Let DTensors be split along these dims of the contract, all together; the rest is whole on every rank.
+
+        others: {argument: dim} for tensors whose contract does not name the dim, or a function of the op's arguments
+            that returns it. Written arguments are never redistributed: wrong placements are an error.
+
+        Raises RegistrationError for a name that no contract or argument has.
+        """
+        self.sharding = sharding.Rule(self, dims, others)
+        digest.changed_after_trace(self, "a sharding rule")
 
     def register_inputs(self, fn: Inputs) -> Inputs:
         """Register sample calls: `fn(device, dtype, generator)` yields dicts of keyword arguments, one per call.
@@ -272,6 +280,8 @@ _METHODS = (
     "register_fake",
     "register_autograd",
     "register_vmap",
+    "register_fusion",
+    "register_sharding",
     "register_inputs",
     "samples",
     "tolerance",
@@ -291,6 +301,8 @@ class OpFunction(Protocol[P, R_co]):
     register_fake: Callable[..., Any]
     register_autograd: Callable[..., None]
     register_vmap: Callable[..., Any]
+    register_fusion: Callable[..., None]
+    register_sharding: Callable[..., None]
     register_inputs: Callable[[Inputs], Inputs]
     samples: Callable[..., Iterator[dict[str, Any]]]
     tolerance: Callable[..., None]
@@ -298,22 +310,6 @@ class OpFunction(Protocol[P, R_co]):
     check: Callable[[], Any]
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
-
-
-def _kernel_name(target: str | Callable[..., Any]) -> str:
-    """'xpu/fused' of "pkg.kernels.xpu.gdn:fused": the folder below `kernels` (or the module) and the function."""
-    module, function = target.split(":") if isinstance(target, str) else (target.__module__, target.__name__)
-    parts = module.split(".")
-    folder = parts[parts.index("kernels") + 1] if "kernels" in parts[:-1] else parts[-1]
-    return f"{folder}/{function}"
-
-
-def _same_kernel(known: KernelSpec, new: KernelSpec) -> bool:
-    def place(target: Any) -> Any:
-        return (target.__module__, target.__qualname__) if callable(target) else target
-
-    same = (known.device_types, known.requires, known.priority) == (new.device_types, new.requires, new.priority)
-    return same and place(known.target) == place(new.target) and place(known.why_not) == place(new.why_not)
 
 
 def _qualify(name: str | None, fn: Callable[..., Any]) -> str:
@@ -363,7 +359,8 @@ def register_op(
     tags: torch.Tag values. kind: "attention" marks an op at which graphs are split (see splitting_ops).
 
     Annotations are the contract: `x: Annotated[Tensor, "*n d"]`. The function returned has the declared parameters and
-    carries register_kernel, register_fake, register_autograd, register_vmap, register_inputs, tolerance, explain.
+    carries register_kernel, register_fake, register_autograd, register_vmap, register_sharding, register_inputs,
+    tolerance, explain.
 
     Raises SignatureError, RegistrationError, DuplicateOpError.
 

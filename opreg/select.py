@@ -7,16 +7,16 @@ import inspect
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from . import registry
-from .errors import KernelError, SignatureError, UnknownOpError, listing, nearest
-from .spec import REFERENCE, REFERENCE_PRIORITY, KernelSpec
+from . import devices, registry, signature
+from .errors import KernelError, RegistrationError, SignatureError, UnknownOpError, listing, nearest
+from .spec import REFERENCE, REFERENCE_PRIORITY, KernelSpec, kernel_name
 
 if TYPE_CHECKING:
     from .op import Op
@@ -50,6 +50,7 @@ class Explanation:
     selected: KernelSpec | None
     decisions: tuple[Decision, ...]
     forced: str | None = None
+    fusion: str | None = None
 
     def __str__(self) -> str:
         head = (
@@ -57,7 +58,8 @@ class Explanation:
         )
         if self.forced:
             head += f" (forced by {self.forced})"
-        return "\n".join([head, *(f"  {decision}" for decision in self.decisions)])
+        lines = [head, *(f"  {decision}" for decision in self.decisions)]
+        return "\n".join([*lines, f"  fusion: {self.fusion}"] if self.fusion else lines)
 
 
 def load(op: Op, kernel: KernelSpec) -> Callable[..., Any]:
@@ -127,6 +129,41 @@ def candidates(op: Op, device_type: str) -> list[KernelSpec]:
     return [k for k in op.kernels if k.takes(device_type) and k.missing() is None]
 
 
+def make_kernel(
+    op: Op,
+    device_types: str | Iterable[str] | None,
+    target: str | Callable[..., Any],
+    requires: str | Iterable[str],
+    why_not: str | Callable[..., str | None] | None,
+    priority: int,
+) -> KernelSpec:
+    """What register_kernel was told, checked."""
+    if isinstance(target, str) and (target.count(":") != 1 or not all(target.split(":"))):
+        raise RegistrationError(f"{op.name}: kernel target '{target}' is not of the form 'package.module:function'")
+    types = (device_types,) if isinstance(device_types, str) else device_types
+    return KernelSpec(
+        name=REFERENCE if priority == REFERENCE_PRIORITY and types is None else kernel_name(target),
+        device_types=None if types is None else tuple(devices.check(t, op.name) for t in types),
+        target=target,
+        requires=(requires,) if isinstance(requires, str) else tuple(requires),
+        why_not=why_not,
+        priority=priority,
+        source=target if isinstance(target, str) else signature.source_of(target),
+    )
+
+
+def refuse_tie(op: Op, kernel: KernelSpec) -> None:
+    """RegistrationError for a kernel with the priority of another on a device that both take."""
+    for other in op.kernels:
+        overlap = kernel.device_types is None or other.device_types is None
+        overlap = overlap or bool(set(kernel.device_types or ()) & set(other.device_types or ()))
+        if overlap and other.priority == kernel.priority:
+            raise RegistrationError(
+                f"{op.name}: kernels '{other.name}' ({other.devices}) and '{kernel.name}' ({kernel.devices}) "
+                f"both have priority {kernel.priority}; give one a larger priority=, the larger wins"
+            )
+
+
 def environment() -> dict[str, str]:
     """{op: kernel} of OPREG_KERNELS="ns::op=name,ns::other=name", each part checked."""
     text = os.environ.get("OPREG_KERNELS", "")
@@ -155,6 +192,22 @@ def kernel_named(op: Op, name: str) -> KernelSpec:
     raise UnknownOpError(f"{op.name} has no kernel '{name}'; it has {listing(names)}.{nearest(name, names)}")
 
 
+def why_not_fused(op: Op, device_type: str) -> str | None:
+    """Why compiled graphs call a kernel on this device; None where they compile the body in."""
+    fusion = op.fusion
+    if fusion is None:
+        return "it is not registered"
+    if fusion.device_types is not None and device_type not in fusion.device_types:
+        return f"it is registered for {' '.join(fusion.device_types)}"
+    forced = forced_kernel(op)
+    if forced is not None:
+        return f"{forced[1]} chose {forced[0].name}"
+    best = candidates(op, device_type)
+    if best and best[0].name != REFERENCE and best[0].priority >= fusion.priority:
+        return f"{best[0].name} has priority {best[0].priority}, fusion {fusion.priority}"
+    return None
+
+
 def explain(op: Op, device_type: str, args: tuple[Any, ...] | None = None) -> Explanation:
     """What runs and why, for a device and, where `args` (every argument, in order) are given, for that call."""
     forced = forced_kernel(op)
@@ -175,7 +228,11 @@ def explain(op: Op, device_type: str, args: tuple[Any, ...] | None = None) -> Ex
         elif state == "ready" and selected is None:
             selected, state = kernel, "used"
         decisions.append(Decision(kernel, state, why))
-    return Explanation(op.name, device_type, selected, tuple(decisions), forced[1] if forced else None)
+    said = None
+    if op.fusion is not None:
+        reason = why_not_fused(op, device_type)
+        said = f"not in compiled graphs ({reason})" if reason else "compiled graphs compute the body, not a kernel"
+    return Explanation(op.name, device_type, selected, tuple(decisions), forced[1] if forced else None, said)
 
 
 def no_kernel(op: Op, device_type: str, args: tuple[Any, ...]) -> KernelError:

@@ -109,6 +109,30 @@ class KernelSpec:
         return f"needs {', '.join(absent)}" if absent else None
 
 
+def kernel_name(target: str | Callable[..., Any]) -> str:
+    """'xpu/fused' of "pkg.kernels.xpu.gdn:fused": the folder below `kernels` (or the module) and the function."""
+    module, function = target.split(":") if isinstance(target, str) else (target.__module__, target.__name__)
+    parts = module.split(".")
+    folder = parts[parts.index("kernels") + 1] if "kernels" in parts[:-1] else parts[-1]
+    return f"{folder}/{function}"
+
+
+def same_kernel(known: KernelSpec, new: KernelSpec) -> bool:
+    def place(target: Any) -> Any:
+        return (target.__module__, target.__qualname__) if callable(target) else target
+
+    same = (known.device_types, known.requires, known.priority) == (new.device_types, new.requires, new.priority)
+    return same and place(known.target) == place(new.target) and place(known.why_not) == place(new.why_not)
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """Where Inductor may see through an op (device types; None: every one), and with what priority among kernels."""
+
+    device_types: tuple[str, ...] | None
+    priority: int
+
+
 @dataclass(frozen=True)
 class OpSpec:
     """What an op is: name, parameters, returns, schema, kind, tags, where it was declared."""

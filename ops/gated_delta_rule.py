@@ -238,6 +238,7 @@ for _op in (gated_delta_rule, gated_delta_rule_backward):
         why_not=f"opreg.kernels.cpu.gdn_rule:{_op.name.partition('::')[2]}_why_not",
         priority=10,
     )
+    _op.register_sharding("hk", "hv")
     _op.tolerance(torch.float32, 2e-6, "sums over channels in another order, along a recurrence")
     _op.tolerance(torch.bfloat16, 4e-3, "results are rounded to 8 bits")
     _op.tolerance(torch.float16, 5e-4, "results are rounded to 11 bits")

@@ -97,6 +97,11 @@ for _dtype, _rms in ((torch.float32, 1e-5), (torch.bfloat16, 5e-3), (torch.float
     gdn_attention_core.tolerance(_dtype, _rms, "that of opreg::gdn_attention")
 
 
+# Tensor parallelism by heads. The layer (tp_size, weights, states) is that of this rank; the projections are split into
+# whole key heads, which only the packing with one group per key head has side by side.
+gdn_attention_core.register_sharding("hv", others={"projected_states_qkvz": 1, "projected_states_ba": 1})
+
+
 @gdn_attention_core.register_inputs
 def _inputs(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[dict[str, Any]]:
     name = "opreg.gdn_attention_core.inputs"

@@ -24,3 +24,4 @@ def gdn_attention_core_xpu(
 gdn_attention_core_xpu.register_inputs(_inputs)
 for _dtype, (_rms, _why) in gdn_attention_core.op.tolerances.items():
     gdn_attention_core_xpu.tolerance(_dtype, _rms, _why)
+gdn_attention_core_xpu.register_sharding("hv", others={"projected_states_qkvz": 1, "projected_states_ba": 1})

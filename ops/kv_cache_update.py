@@ -8,6 +8,8 @@ from torch import Tensor
 
 from opreg import from_jax, register_op
 
+from .paged_attention_inputs import split_pages
+
 
 @register_op("opreg::kv_cache_update", mutates_args=("kv_pages",))
 def kv_cache_update(
@@ -51,6 +53,7 @@ kv_cache_update.register_kernel(
     why_not="opreg.kernels.triton.kv_cache_update:why_not",
     priority=5,
 )
+kv_cache_update.register_sharding("h", others=split_pages)
 for _dtype in (torch.float32, torch.bfloat16, torch.float16):
     kv_cache_update.tolerance(_dtype, 0.0, "numbers are copied, or rounded once to nearest even")
 

@@ -90,6 +90,10 @@ for _dtype, _rms in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float
     paged_attention_core.tolerance(_dtype, _rms, "that of opreg::ragged_paged_attention")
 
 
+# Tensor parallelism by heads. The layer and its cache are those of this rank.
+paged_attention_core.register_sharding("hq", "h")
+
+
 @paged_attention_core.register_inputs
 def _inputs(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[dict[str, Any]]:
     name = "opreg.paged_attention_core.inputs"

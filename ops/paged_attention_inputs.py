@@ -1,6 +1,6 @@
 """Batches for the paged-attention operators: what `opreg check`, the tests and the benchmarks feed them."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,11 @@ PREFILL16 = [
     *((5, 18), (15, 129), (120, 597), (100, 122), (21, 64), (32, 322), (251, 463), (40, 181)),
     *((64, 1107), (99, 123), (10, 31), (5, 18), (3, 1229), (120, 229), (9, 87), (2, 1328)),
 ]
+
+
+def split_pages(*tensors: Any, kv_layout: str = "NHD", **options: Any) -> dict[str, int]:
+    """Sharding rule of a cache among ranks: the axis that holds K and V of head h at 2h and 2h+1."""
+    return {"kv_pages": 2 if kv_layout == "NHD" else 1}
 
 
 class Batch(NamedTuple):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from opreg import from_jax, register_op
 
-from .paged_attention_inputs import make_batch
+from .paged_attention_inputs import make_batch, split_pages
 
 
 @register_op("opreg::ragged_paged_attention")
@@ -97,6 +97,7 @@ for _op, _suffix in ((ragged_paged_attention, ""), (ragged_paged_attention_lse, 
         why_not=f"{_TRITON}:why_not",
         priority=5,
     )
+    _op.register_sharding("hq", others=split_pages)
     _op.tolerance(torch.float32, 1e-5, "sums of a few thousand float32 terms in another order")
     _op.tolerance(torch.bfloat16, 2e-2, "inputs and output are rounded to 8 bits, weights may be too")
     _op.tolerance(torch.float16, 2e-3, "inputs and output are rounded to 11 bits, weights may be too")

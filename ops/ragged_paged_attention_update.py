@@ -8,7 +8,7 @@ from torch import Tensor
 
 from opreg import from_jax, register_op
 
-from .paged_attention_inputs import make_batch
+from .paged_attention_inputs import make_batch, split_pages
 
 
 @register_op("opreg::ragged_paged_attention_update", mutates_args=("kv_pages",))
@@ -69,6 +69,7 @@ ragged_paged_attention_update.register_kernel(
     why_not="opreg.kernels.triton.rpa:why_not_update",
     priority=5,
 )
+ragged_paged_attention_update.register_sharding("hq", "h", others=split_pages)
 for _dtype, _rms in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)):
     ragged_paged_attention_update.tolerance(_dtype, _rms, "that of opreg::ragged_paged_attention")
 

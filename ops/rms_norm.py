@@ -32,6 +32,10 @@ rms_norm.register_kernel(
     why_not="opreg.kernels.triton.rms_norm:why_not",
 )
 
+# Beside ATen's kernel, with an addition before and a gate after, on two cores: 0.67 of its time for 1 row of 2048 in
+# float32, 0.46 for 16 rows in bfloat16, 0.16 for 512 rows in bfloat16. Nothing is measured on other devices.
+rms_norm.register_fusion("cpu", priority=1)
+
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
     x, weight, ctx.eps = inputs

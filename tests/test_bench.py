@@ -179,3 +179,14 @@ def test_the_number_of_threads_is_given_back(capsys, doubled):
     with pytest.raises(SystemExit):
         main(["bench", "opreg::rms_norm", "--threads", "0"])
     assert "--threads: 0 is no number of threads" in capsys.readouterr().err
+
+
+def test_splitting_is_timed_beside_torch_s_own(monkeypatch):
+    from opreg import bench_split
+
+    small = bench_split.transformer(2)
+    monkeypatch.setattr(bench_split, "transformer", lambda layers: small)
+    rows = list(bench_split.splits(rounds=1))
+    assert {row.what for row in rows} == {"split_module", "split_graph", "split_graph, every piece built"}
+    assert all(row.seconds > 0 for row in rows)
+    assert all(row.ratio == 1 for row in rows if row.what == row.baseline)

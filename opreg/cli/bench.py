@@ -1,7 +1,7 @@
 """`opreg bench OP`: the workloads that the op's speed is quoted for, beside named baselines and the machine's floor in
 one run (see opreg.bench_cases); an op without any is timed on its registered inputs, every kernel beside the reference.
 
-`opreg bench --framework` times opreg's own calls, registration and look-up beside torch's ways of doing the same.
+`opreg bench --framework` times opreg's own calls, registration, splitting and compiling beside torch's ways.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from opreg.bench_cases import Case
     from opreg.op import Op
 
-_SECTIONS = ("eager", "compiled", "registration", "context")
+_SECTIONS = ("eager", "compiled", "registration", "context", "split", "cold", "warm")
 
 
 def add(commands: Any) -> None:

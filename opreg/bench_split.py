@@ -1,33 +1,30 @@
-"""Time of split_graph per node beside torch.fx's split_module as a splitter would call it. CPU time, interleaved.
+"""`opreg bench --framework split`: split_graph per node, beside torch.fx's split_module as a splitter calls it."""
 
-python tests/bench/graph.py [layers ...]      default 32 320 3200 (1,160 / 11,500 / 115,000 nodes)"""
+from __future__ import annotations
 
-import functools
 import gc
 import random
-import statistics
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from operator import getitem
+from typing import Any
 
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.passes.split_module import split_module
 
-from opreg.graph import SplitGraph, split_graph
-from opreg.graph_key import Keys
-from opreg.graph_plan import make_plan
-
-LIB = torch.library.Library("opreg_bench", "DEF")
-LIB.define("attn(Tensor q, Tensor k, Tensor v, Tensor(a!) out, str name) -> ()")
-ATTN = torch.ops.opreg_bench.attn.default
-ON = ["opreg_bench::attn"]
+from . import library
+from .bench import Timing, summary
+from .bench_compile import NAME, ON, define_attention
+from .bench_rows import Row, rows
+from .graph import split_graph
 
 
 def transformer(layers: int) -> GraphModule:
     """What Dynamo gives for a transformer of width 64: RMSNorm, qkv, opaque attention, gated MLP, weights as inputs."""
+    define_attention()
+    attention = library.overload(NAME)
     graph = Graph()
     mode = FakeTensorMode()
     with mode:
@@ -42,10 +39,10 @@ def transformer(layers: int) -> GraphModule:
         node.meta["example_value"] = value
         return node
 
-    def call(target: Callable[..., object], value: object, *args: object) -> Node:
+    def call(target: Callable[..., object], value: object, *args: Any) -> Node:
         return known(graph.call_function(target, args), value)
 
-    def method(name: str, value: object, *args: object) -> Node:
+    def method(name: str, value: object, *args: Any) -> Node:
         return known(graph.call_method(name, args), value)
 
     x = known(graph.placeholder("x"), hidden)
@@ -72,7 +69,7 @@ def transformer(layers: int) -> GraphModule:
         q, k, v = (call(getitem, third[j], parts, j) for j in range(3))
         q = method("view", hidden, q, 16, 64)
         out = call(torch.empty_like, hidden, q)
-        graph.call_function(ATTN, (q, k, v, out, f"layers.{i}")).meta["example_value"] = None
+        graph.call_function(attention, (q, k, v, out, f"layers.{i}")).meta["example_value"] = None
         y = method("view", hidden, out, 16, 64)
         y = call(torch._C._nn.linear, hidden, y, w["o"])
         x = call(torch.add, hidden, x, y)
@@ -89,11 +86,12 @@ def transformer(layers: int) -> GraphModule:
 
 def with_split_module(gm: GraphModule) -> None:
     """The usual way: number the nodes, one number more before and after each splitting op."""
+    attention = library.overload(NAME)
     number, numbers = 0, {}
     for node in gm.graph.nodes:
         if node.op in ("placeholder", "output"):
             continue
-        if node.target is ATTN:
+        if node.target is attention:
             number += 1
             numbers[node] = number
             number += 1
@@ -102,62 +100,22 @@ def with_split_module(gm: GraphModule) -> None:
     split_module(gm, gm, lambda node: numbers[node], keep_original_order=True)
 
 
-def timed(fn: Callable[[], object]) -> float:
-    gc.collect()
-    start = time.thread_time_ns()
-    fn()
-    return (time.thread_time_ns() - start) / 1000
-
-
-def every_piece(gm: GraphModule) -> None:
-    """Split, and build a graph for every piece although most are the same."""
-    split_graph(gm, on=ON).build_all()
-
-
-def plan_only(gm: GraphModule) -> None:
-    make_plan(gm.graph, {ATTN: "attn"})
-
-
-def plan_and_keys(gm: GraphModule) -> None:
-    Keys(make_plan(gm.graph, {ATTN: "attn"}), gm).run()
-
-
-def with_function(gm: GraphModule) -> None:
-    split: SplitGraph = split_graph(gm, on=ON)
-    split.function()
-
-
-def main(sizes: list[int]) -> None:
-    ways = {
-        "plan": plan_only,
-        "plan + keys": plan_and_keys,
+def splits(rounds: int = 3) -> Iterator[Row]:
+    """Cutting the graph of 32 and of 320 layers: CPU time per node."""
+    ways: dict[str, Callable[[GraphModule], object]] = {
+        "split_module": with_split_module,
         "split_graph": lambda gm: split_graph(gm, on=ON),
-        "... and the function": with_function,
-        "every piece built": every_piece,
-        "torch split_module": with_split_module,
+        "split_graph, every piece built": lambda gm: split_graph(gm, on=ON).build_all(),
     }
-    print(f"{'us per node':24s}" + "".join(f"{n:>24s}" for n in ways))
-    first: dict[str, float] = {}
-    for layers in sizes:
+    for layers in (32, 320):
         gm = transformer(layers)
         nodes = len(gm.graph.nodes)
-        rounds = 9 if nodes < 5000 else 3 if nodes < 50000 else 2
-        times: dict[str, list[float]] = {name: [] for name in ways}
+        samples: dict[str, list[float]] = {way: [] for way in ways}
         for _ in range(rounds):
-            for name in random.sample(list(ways), len(ways)):
-                if name == "torch split_module" and nodes > 20000:
-                    continue
-                times[name].append(timed(functools.partial(ways[name], gm)) / nodes)
-        cells = []
-        for name in ways:
-            if not times[name]:
-                cells.append(f"{'not run':>24s}")
-                continue
-            best = statistics.median(times[name])
-            first.setdefault(name, best)
-            cells.append(f"{best:16.2f} {best / first[name]:6.2f}x")
-        print(f"{layers:5d} layers {nodes:7d} nodes" + "".join(cells), flush=True)
-
-
-if __name__ == "__main__":
-    main([int(a) for a in sys.argv[1:]] or [32, 320, 3200])
+            for way in random.sample(list(ways), len(ways)):
+                gc.collect()
+                start = time.thread_time()
+                ways[way](gm)
+                samples[way].append((time.thread_time() - start) / nodes)
+        timings: dict[str, Timing] = {way: summary(found) for way, found in samples.items()}
+        yield from rows(f"splitting a graph of {nodes} nodes, per node", timings, "split_module")

@@ -1,7 +1,10 @@
-"""Cold compile and warm forward of a 32-layer model: whole-graph Inductor, opreg, and a split whose pieces go to
-Inductor through AOTAutograd with its cache (what a splitter without structural keys does).
+"""`opreg bench --framework cold warm`: compiling and running a model of 32 like layers.
 
-python tests/bench/compile.py [layers [rounds]]     each cold cell is a fresh process with fresh caches; CPU seconds."""
+Beside whole-graph Inductor, and a split whose pieces all go to Inductor through AOTAutograd, which finds the like ones
+in its cache (what a splitter without structural keys does). "opreg eager" is Dynamo, splitting and keys alone.
+"""
+
+from __future__ import annotations
 
 import json
 import os
@@ -12,23 +15,34 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-LIB = torch.library.Library("opreg_bench", "DEF")
-LIB.define("attn(Tensor q, Tensor k, Tensor v, Tensor(a!) out, str name) -> ()")
+from . import library
+from .bench import Timing, summary
+from .bench_rows import Row, rows
+
+LAYERS = 32
 
 
 def attn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, name: str) -> None:
     torch.mul(q, k, out=out)
 
 
-LIB.impl("attn", attn, "CPU")
-torch.library.register_fake("opreg_bench::attn", lambda q, k, v, out, name: None, lib=LIB)
-ON = ["opreg_bench::attn"]
+NAME = "opreg_bench_model::attn"
+ON = [NAME]
+
+
+def define_attention() -> None:
+    """An opaque attention that names its layer, as a serving engine has it."""
+    if not library.is_defined(NAME):
+        schema = "(Tensor q, Tensor k, Tensor v, Tensor(a!) out, str name) -> ()"
+        library.define_with_public_calls(NAME, schema, attn, lambda q, k, v, out, name: None)
+
+
 WIDTH = 64
 
 
@@ -54,10 +68,11 @@ class Layer(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = self.qkv(self.norm1(x)).split(WIDTH, -1)
         out = torch.empty_like(x)
-        torch.ops.opreg_bench.attn(q, k, v, out, self.name)
+        torch.ops.opreg_bench_model.attn(q, k, v, out, self.name)
         x = x + self.o(out)
         y = self.norm2(x)
-        return x + self.down(nn.functional.silu(self.gate(y)) * self.up(y))
+        made: torch.Tensor = x + self.down(nn.functional.silu(self.gate(y)) * self.up(y))
+        return made
 
 
 class Model(nn.Module):
@@ -93,12 +108,12 @@ def by_cache(gm: torch.fx.GraphModule, example_inputs: Any) -> Callable[..., Any
 
 def compiled(way: str, model: nn.Module) -> Callable[..., torch.Tensor]:
     made: Callable[..., torch.Tensor]
-    if way == "whole":
+    if way == "whole graph":
         made = torch.compile(model, fullgraph=True, dynamic=False)
-    elif way == "by cache":
+    elif way == "split, torch's cache":
         made = torch.compile(model, backend=by_cache, fullgraph=True, dynamic=False)
     else:
-        options = {"split_on": ON, "inner": "eager" if way == "opreg eager" else "inductor"}
+        options: dict[str, Any] = {"split_on": ON, "inner": "eager" if way == "opreg eager" else "inductor"}
         made = torch.compile(model, backend="opreg", fullgraph=True, dynamic=False, options=options)
     return made
 
@@ -108,7 +123,7 @@ def cpu() -> float:
     return own.ru_utime + own.ru_stime + kids.ru_utime + kids.ru_stime
 
 
-def cold(way: str, layers: int) -> None:
+def cold(way: str) -> None:
     """One fresh process: CPU seconds of the first call, the compiler's children included."""
     import torch._dynamo
     import torch._inductor.compile_fx
@@ -118,74 +133,64 @@ def cold(way: str, layers: int) -> None:
         warm = torch.compile(lambda x: x + 1)
         warm(torch.ones(3))
         torch._dynamo.reset()
-        model, x = Model(layers), torch.randn(16, WIDTH)
+        define_attention()
+        model, x = Model(LAYERS), torch.randn(16, WIDTH)
         fn = compiled(way, model)
-        start, clock = cpu(), time.perf_counter()
+        start = cpu()
         fn(x)
-        print(json.dumps([cpu() - start, time.perf_counter() - clock]))
+        print(json.dumps(cpu() - start))
 
 
-def fresh(way: str, layers: int) -> list[float]:
+def fresh(way: str) -> float:
+    """CPU seconds of the first call in a process of its own with empty caches."""
     with tempfile.TemporaryDirectory() as folder:
         env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, __file__, "--cold", way, str(layers)], env=env, capture_output=True, text=True, check=True
-        )
-    found: list[float] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+        command = [sys.executable, "-m", __name__, way]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    return float(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-def warm(layers: int, rounds: int) -> None:
-    """All ways in one process, in random order every round; CPU time of this thread."""
-    torch.set_num_threads(1)
-    ways = ["whole", "by cache", "opreg"]
-    model, x = Model(layers), torch.randn(16, WIDTH)
-    times: dict[str, list[float]] = {}
-    with torch.no_grad():
-        fns: dict[str, Callable[..., torch.Tensor]] = {"eager": model}
-        want = model(x)
-        for way in ways:
-            copy = Model(layers)
-            copy.load_state_dict(model.state_dict())
-            fns[way] = compiled(way, copy)
-            torch.testing.assert_close(fns[way](x), want, rtol=1e-3, atol=1e-3)
-        for fn in fns.values():
-            for _ in range(20):
-                fn(x)
-        for _ in range(rounds):
-            for name in random.sample(list(fns), len(fns)):
-                start = time.thread_time_ns()
-                for _ in range(5):
-                    fns[name](x)
-                times.setdefault(name, []).append((time.thread_time_ns() - start) / 5000)
-    base = statistics.median(times["whole"])
-    print(f"warm forward, {layers} layers, us of CPU: median [p10] and ratio of medians to the whole graph")
-    for name, found in times.items():
-        found.sort()
-        median = statistics.median(found)
-        print(f"  {name:10s} {median:9.0f} [{found[len(found) // 10]:7.0f}]  {median / base:5.2f}")
-
-
-def main() -> None:
-    if sys.argv[1:2] == ["--cold"]:
-        cold(sys.argv[2], int(sys.argv[3]))
-        return
-    layers = int(sys.argv[1]) if len(sys.argv) > 1 else 32
-    rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 2
-    ways = ["whole", "by cache", "opreg", "opreg eager"]
+def cold_compiles(rounds: int = 1) -> Iterator[Row]:
+    """The first call of a 32-layer model: CPU seconds, the compiler's children included."""
+    ways = ["whole graph", "split, torch's cache", "opreg", "opreg eager"]
     found: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(rounds):
         for way in random.sample(ways, len(ways)):
-            found[way].append(fresh(way, layers)[0])
-    base = statistics.median(found["whole"])
-    print(f"cold compile, {layers} layers, CPU s (opreg eager is Dynamo, splitting and keys alone)")
-    for way in ways:
-        median = statistics.median(found[way])
-        print(
-            f"  {way:12s} {median:6.2f}  {median / base:5.2f} of the whole graph   {[round(t, 2) for t in found[way]]}"
-        )
-    warm(layers, 60)
+            found[way].append(fresh(way))
+    timings = {way: Timing(statistics.median(times), min(times), max(times)) for way, times in found.items()}
+    yield from rows(f"cold compile: {LAYERS} layers, CPU time", timings, "whole graph")
+
+
+def warm_forwards(rounds: int = 60) -> Iterator[Row]:
+    """One forward of the compiled 32-layer model: all ways in one process, in random order every round."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    define_attention()
+    model, x = Model(LAYERS), torch.randn(16, WIDTH)
+    samples: dict[str, list[float]] = {}
+    try:
+        with torch.no_grad():
+            fns: dict[str, Callable[..., torch.Tensor]] = {"eager": model}
+            want = model(x)
+            for way in ("whole graph", "split, torch's cache", "opreg"):
+                copy = Model(LAYERS)
+                copy.load_state_dict(model.state_dict())
+                fns[way] = compiled(way, copy)
+                torch.testing.assert_close(fns[way](x), want, rtol=1e-3, atol=1e-3)
+            for fn in fns.values():
+                for _ in range(20):
+                    fn(x)
+            for _ in range(rounds):
+                for name in random.sample(list(fns), len(fns)):
+                    start = time.thread_time()
+                    for _ in range(5):
+                        fns[name](x)
+                    samples.setdefault(name, []).append((time.thread_time() - start) / 5)
+    finally:
+        torch.set_num_threads(threads)
+    timings = {name: summary(found) for name, found in samples.items()}
+    yield from rows(f"warm forward: {LAYERS} layers", timings, "whole graph")
 
 
 if __name__ == "__main__":
-    main()
+    cold(sys.argv[1])

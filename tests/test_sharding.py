@@ -1,0 +1,140 @@
+"""Sharding rules: two gloo processes under tensor parallelism give what one process gives."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from opreg import RegistrationError, _compat, forward_context, ops, register_op
+
+HIDDEN, HEADS, KV_HEADS, DIM, TOKENS, PAGE = 32, 4, 2, 8, 6, 4
+
+
+class Attention(nn.Module):
+    """Projections, paged attention and output projection; `ranks` share its heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(HIDDEN, HEADS * DIM, bias=False)
+        self.k = nn.Linear(HIDDEN, KV_HEADS * DIM, bias=False)
+        self.v = nn.Linear(HIDDEN, KV_HEADS * DIM, bias=False)
+        self.o = nn.Linear(HEADS * DIM, HIDDEN, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(1, (-1, DIM)) for f in (self.q, self.k, self.v))
+        out = torch.zeros_like(q)
+        ops.paged_attention_core(q, k, v, out, "attn")
+        return self.o(out.flatten(1))
+
+
+def context(ranks: int) -> forward_context:
+    """A prompt of TOKENS tokens for a cache of this rank's heads."""
+    pages = -(-TOKENS // PAGE)
+    layer = SimpleNamespace(kv_cache=torch.zeros(pages, PAGE, 2 * KV_HEADS // ranks, DIM), sm_scale=DIM**-0.5)
+    metadata = SimpleNamespace(
+        kv_lens=torch.tensor([TOKENS], dtype=torch.int32),
+        page_indices=torch.arange(pages, dtype=torch.int32)[None],
+        cu_q_lens=torch.tensor([0, TOKENS], dtype=torch.int32),
+        num_seqs=torch.tensor([1], dtype=torch.int32),
+        slot_mapping=torch.arange(TOKENS),
+    )
+    return forward_context(layers={"attn": layer}, metadata=metadata)
+
+
+@contextmanager
+def refused(why: str) -> Iterator[None]:
+    """ShardingError, which some versions of torch wrap."""
+    with pytest.raises(RuntimeError) as found:
+        yield
+    assert why in f"{found.value} {found.value.__cause__}"
+
+
+def worker(rank: int, store: str) -> None:
+    """What each of the two processes runs."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{store}")
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    model, x = Attention(), torch.randn(TOKENS, HIDDEN)
+    with torch.no_grad():
+        with context(1):
+            want = model(x)
+        split = ColwiseParallel(use_local_output=False)
+        plan = {"q": split, "k": split, "v": split, "o": RowwiseParallel(input_layouts=Shard(1))}
+        parallelize_module(model, mesh, plan)
+        if _compat.dtensor_needs_a_result():
+            with refused("returns nothing, and DTensor before torch 2.13 cannot run such an op"), context(2):
+                model(x)
+        else:
+            with context(2):
+                torch.testing.assert_close(model(x), want)
+            for options in ({"backend": "aot_eager"}, {"backend": "opreg", "options": {"inner": "aot_eager"}}):
+                torch._dynamo.reset()
+                with context(2):
+                    torch.testing.assert_close(torch.compile(model, fullgraph=True, **options)(x), want)
+            k = distribute_tensor(torch.ones(4, 2, 16), mesh, [Replicate()])
+            pages = distribute_tensor(torch.zeros(2, 4, 4, 16), mesh, [Shard(0)])
+            slots = distribute_tensor(torch.arange(4), mesh, [Replicate()])
+            with refused("kv_pages is (Shard(dim=0),), not Shard(dim=2); what the op writes cannot be redistributed"):
+                ops.kv_cache_update(k, k, pages, slots)
+
+        # A functional op, whose cache is a DTensor too.
+        call = next(ops.ragged_paged_attention.samples())
+        want = ops.ragged_paged_attention(**call)
+        q, kv_pages, *rest = (v for v in call.values() if isinstance(v, Tensor))
+        options = {k: v for k, v in call.items() if not isinstance(v, Tensor)}
+        parts = [distribute_tensor(q, mesh, [Shard(1)]), distribute_tensor(kv_pages, mesh, [Shard(2)])]
+        parts += [distribute_tensor(t, mesh, [Replicate()]) for t in rest]
+        got = torch.ops.opreg.ragged_paged_attention(*parts, **options)
+        assert isinstance(got, DTensor)
+        assert got.placements == (Shard(1),)
+        torch.testing.assert_close(got.full_tensor(), want)
+    dist.destroy_process_group()
+
+
+def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
+    started = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(tmp_path / "store")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=240)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], "\n".join(said)
+
+
+def test_names_that_no_contract_has_are_refused() -> None:
+    @register_op("t_sharding::heads")
+    def heads(x: Annotated[Tensor, "t h"], y: Annotated[Tensor, "*n h"]) -> Annotated[Tensor, "t h"]:
+        return x + y
+
+    with pytest.raises(RegistrationError, match=r"names the dim 'hh', which no contract has.*Did you mean 'h'"):
+        heads.register_sharding("hh")
+    with pytest.raises(RegistrationError, match="places 'z', which is no tensor argument; there are x, y"):
+        heads.register_sharding("t", others={"z": 0})
+    with pytest.raises(RegistrationError, match="would split its result along 2 dims"):
+        heads.register_sharding("t", "h")
+    with pytest.raises(RegistrationError, match=r"cannot split y: its contract has '\*' before 'h'"):
+        heads.register_sharding("h")
+
+
+if __name__ == "__main__":
+    worker(int(sys.argv[1]), sys.argv[2])

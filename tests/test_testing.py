@@ -1,5 +1,6 @@
 """The report of a check, its command line and its pytest plug-in."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -51,7 +52,8 @@ def test_a_wrong_op_names_argument_line_and_command() -> None:
     line = next(line for line in report.failed if line.check == "writes")
     assert "writes x (aten.abs_.default, test_testing.py:" in line.detail
     assert "x.abs_()" in line.detail
-    assert line.reproduce == "opreg check t_testing::wrong --device cpu --input 0 --seed 0"
+    command = f"opreg check t_testing::wrong --import {__name__} --device cpu --input 0 --seed 0"
+    assert line.reproduce == command  # no installed package registers it
     skipped = next(line for line in report.lines if line.check.startswith("kernel") and line.state == "skipped")
     assert skipped.detail == "needs no_such_module_here"
 
@@ -86,6 +88,41 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "--import", "no_such_module_here"]) == 2
     assert "cannot import 'no_such_module_here'" in capsys.readouterr().err
     assert main(["check", "t_testing::doubled", "--device", "mps"]) in (1, 5)
+
+
+BROKEN_KERNEL = """
+import torch
+from typing import Annotated
+from torch import Tensor
+from opreg import register_op
+
+@register_op("t_again::soft")
+def soft(x: Annotated[Tensor, "t d"]) -> Annotated[Tensor, "t d"]:
+    return x.softmax(-1)
+
+@soft.register_kernel("cpu")
+def fast(x: Tensor) -> Tensor:
+    y = x.clone()
+    y[:, :4] = x[:, :4].softmax(-1)
+    return y
+"""
+
+
+def test_the_printed_command_shows_the_same_finding_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_soft.py").write_text(BROKEN_KERNEL)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("broken_soft")
+    (line,) = check_op("t_again::soft", seed=3, compilers=False).failed
+    assert line.check == "kernel broken_soft/fast"
+    words = line.reproduce.split()
+    assert words[0] == "opreg"
+    done = subprocess.run(
+        [sys.executable, "-m", *words, "--json"], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1, done.stderr
+    (again,) = [one for one in json.loads(done.stdout)["ops"][0]["checks"] if one["state"] == "FAILED"]
+    # Without the count of what other inputs show.
+    assert (again["check"], again["detail"].split(" (and ")[0]) == (line.check, line.detail.split(" (and ")[0])
 
 
 PLUGIN = """

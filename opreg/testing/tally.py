@@ -14,6 +14,7 @@ ORDER = (
     "fake",
     "symbolic",
     "repeat",
+    "modes",
     "compile",
     "gradients",
     "vmap",

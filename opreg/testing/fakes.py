@@ -75,6 +75,19 @@ def _strides(tensor: torch.Tensor, real: torch.Tensor) -> list[int]:
     return [stride for size, stride in zip(real.shape, tensor.stride(), strict=True) if size > 1]
 
 
+def depends_on_values(op: Op[Any, Any], call: Call) -> bool:
+    """Whether the fake says that a size of the result depends on values (new_dynamic_size)."""
+    mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
+    args = _convert(call.args, mode.from_tensor)
+    try:
+        with process.kept(), mode, torch.no_grad():
+            made = tensors_of(op.call_with(op.overload, args))
+    except Exception as error:  # check_fake reports it
+        log.debug("%s: the fake raises %s", op.name, error)
+        return False
+    return not all(_is_number(size) for tensor in made for size in tensor.shape)
+
+
 def check_device(op: Op[Any, Any], call: Call) -> str | None:
     """Which result of an explicit fake stays on the CPU when the arguments are elsewhere.
 

@@ -44,12 +44,15 @@ def restore_state(saved: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
 
 
 def copy_arguments(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Copies of all tensors of `args`, storage by storage, so that views of one storage stay views of one storage."""
+    """Copies of all tensors of `args`, storage by storage, so that views of one storage stay views of one storage; and
+    of generators, so that each call draws the same numbers."""
     storages: dict[int, torch.UntypedStorage] = {}
 
     def copy(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
             return type(value)(copy(item) for item in value)
+        if isinstance(value, torch.Generator):
+            return torch.Generator(value.device).set_state(value.get_state())
         if not isinstance(value, torch.Tensor):
             return value
         plain = value.detach()

@@ -234,7 +234,9 @@ def _make(
         elif arg.choices is not None:
             made.append(arg.choices[0])
         else:
-            value = {"SymInt": sizes.get(arg.name), "float": 0.5, "bool": True, "SymInt[]": [1]}.get(arg.type)
+            seeded = torch.Generator(device).manual_seed(0) if arg.type == "Generator" else None
+            known = {"SymInt": sizes.get(arg.name), "float": 0.5, "bool": True, "SymInt[]": [1], "Generator": seeded}
+            value = known.get(arg.type)
             if value is None and not arg.optional:
                 return None
             made.append(value)

@@ -22,6 +22,31 @@ def random_with_seed(ns: str) -> Any:
     return dropout
 
 
+def random_with_generator(ns: str) -> Any:
+    """Random numbers from a generator that is an argument, or from none."""
+
+    @register_op(f"{ns}::jitter", tags=torch.Tag.nondeterministic_seeded)
+    def jitter(x: Annotated[Tensor, "t d"], generator: torch.Generator | None = None) -> Annotated[Tensor, "t d"]:
+        return x + torch.rand(x.shape, generator=generator, device=x.device).to(x.dtype)
+
+    @jitter.register_inputs
+    def _(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Any:
+        for rows, drawn in ((3, generator), (5, None)):
+            yield {"x": torch.randn(rows, 4, generator=generator).to(dtype), "generator": drawn}
+
+    return jitter
+
+
+def random_with_required_generator(ns: str) -> Any:
+    """Random numbers from a generator that is an argument: the same state gives the same numbers."""
+
+    @register_op(f"{ns}::jitter")
+    def jitter(x: Annotated[Tensor, "t d"], generator: torch.Generator) -> Annotated[Tensor, "t d"]:
+        return x + torch.rand(x.shape, generator=generator, device=x.device).to(x.dtype)
+
+    return jitter
+
+
 def random_with_tag(ns: str) -> Any:
     """Random numbers of torch's global generator, and says so."""
 
@@ -326,6 +351,8 @@ def no_contract(ns: str) -> Any:
 
 UNUSUAL: tuple[Callable[[str], Any], ...] = (
     random_with_seed,
+    random_with_generator,
+    random_with_required_generator,
     random_with_tag,
     masked,
     optional_option,

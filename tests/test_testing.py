@@ -135,6 +135,14 @@ from opreg import register_op
 def right(x: Annotated[Tensor, "t d"]) -> Annotated[Tensor, "t d"]:
     return x * 2
 
+@right.register_kernel("cpu", why_not=lambda x: "large" if x.shape[0] > 100 else None)
+def ragged(x: Tensor) -> Tensor:
+    return x * 2 if x.shape[1] != 8 else x * 3
+
+@right.register_kernel("xpu")
+def elsewhere(x: Tensor) -> Tensor:
+    return x * 2
+
 @register_op("t_plugin::wrong")
 def wrong(x: Annotated[Tensor, "t d"]) -> Annotated[Tensor, "t d"]:
     return x.mul_(2).clone()
@@ -153,13 +161,19 @@ def test_the_pytest_plugin(pytester: pytest.Pytester) -> None:
     result.stdout.fnmatch_lines(
         [
             "*t_plugin::right*checks* PASSED*",
-            "*t_plugin::right*kernel reference* PASSED*",
+            "*t_plugin::right*kernel test_mine/ragged-input 0* PASSED*",
+            "*t_plugin::right*kernel test_mine/ragged-input 1* FAILED*",
+            "*t_plugin::right*kernel test_mine/ragged-input 2* SKIPPED*",
+            "*t_plugin::right*kernel test_mine/elsewhere-input 0* SKIPPED*",
+            "*t_plugin::right*kernel reference-input 0* PASSED*",
             "*t_plugin::wrong*checks* FAILED*",
+            "*reproduce: opreg check t_plugin::right*--kernel test_mine/ragged --input 1*",
             "*writes x (aten.mul_.Tensor*",
             "*reproduce: opreg check t_plugin::wrong*",
         ]
     )
-    result.assert_outcomes(passed=4, failed=1)
+    # Their own test, the checks of one op, a kernel on one input, and the references on three inputs each.
+    result.assert_outcomes(passed=1 + 1 + 1 + 6, failed=2, skipped=4)
 
 
 def _installed() -> bool:

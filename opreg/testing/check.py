@@ -180,9 +180,7 @@ class Checker:
         if not thorough:
             return
         self.tally.record("fake", where, fakes.check_device(self.op, call))
-        found = list(modes.check_modes(self.op, call))
-        for problem in found or [None]:
-            self.tally.record("modes", where, problem)
+        self.tally.record("modes", where, next(modes.check_modes(self.op, call), None))
         if self.op.spec.layer_arg is not None:
             self.tally.record("state", where, outputs.check_profiling(self.op, call))
 

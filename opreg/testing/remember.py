@@ -8,6 +8,7 @@ import gc
 import time
 import types
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -138,14 +139,12 @@ def _places(fn: Any, depth: int, seen: set[int]) -> Iterator[Any]:
             yield from _of_value(cell.cell_contents, depth, seen)
         except ValueError:  # a name of the enclosing function that has no value yet
             continue
-        yield _Variable(
-            lambda cell=cell: cell.cell_contents, lambda value, cell=cell: setattr(cell, "cell_contents", value)
-        )
+        yield _Variable(partial(getattr, cell, "cell_contents"), partial(setattr, cell, "cell_contents"))
     table = inner.__globals__
     for name in _names(inner.__code__):
         if name in table and not isinstance(table[name], types.ModuleType):
             yield from _of_value(table[name], depth, seen)
-            yield _Variable(lambda name=name: table[name], lambda value, name=name: table.__setitem__(name, value))
+            yield _Variable(partial(table.__getitem__, name), partial(table.__setitem__, name))
 
 
 def _of_value(value: Any, depth: int, seen: set[int]) -> Iterator[Any]:

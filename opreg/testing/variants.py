@@ -137,19 +137,20 @@ def options(op: Op[Any, Any], call: Call) -> Iterator[Call]:
 
 def extremes(op: Op[Any, Any], call: Call) -> Iterator[Call]:
     """`call` with the first row of what is only read zero (padding), and with all of it a hundred times as large."""
-    edits: dict[str, Layout] = {"a row of zeros": _first_row_zero, "large values": lambda tensor: tensor * 100}
-    for what, edit in edits.items():
+    for what, edit in {"a row of zeros": _first_row_zero, "large values": _large}.items():
         args = tuple(
-            value
-            if arg.layer or arg.mutated
-            else _map(value, lambda t, edit=edit: edit(t) if t.is_floating_point() else t)
+            value if arg.layer or arg.mutated else _map(value, edit)
             for arg, value in zip(op.spec.args, call.args, strict=True)
         )
         yield replace(call, label=f"{call.label}, {what}", args=args, registered=False)
 
 
+def _large(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor * 100 if tensor.is_floating_point() else tensor
+
+
 def _first_row_zero(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.dim() < 2:
+    if tensor.dim() < 2 or not tensor.is_floating_point():
         return tensor
     tensor = tensor.clone()
     tensor[:1] = 0

@@ -14,6 +14,7 @@ def write(
     report: Report, op: Op[..., object], tally: Tally, kernels: list[KernelSpec], truth: KernelSpec | None
 ) -> None:
     """Add one line per check to the report, in the order of ORDER, then one per kernel."""
+    report.by_input = tally.by_input
     for check in [*ORDER, *(f"kernel {kernel.name}" for kernel in op.kernels)]:
         if check in tally.found:
             _failed(report, op, tally, check)

@@ -1,4 +1,4 @@
-"""`pytest --opreg`: conformance tests of the installed operators, one per op and check and one per kernel.
+"""`pytest --opreg`: conformance tests of the installed operators: one per op, and one per op, kernel and input.
 
 `pytest --opreg` adds them to the tests that pytest collects; `--opreg-op NAME` (repeatable) chooses ops. A third party
 gets them by installing opreg: its ops are found through the entry-point group `opreg.ops`.
@@ -46,9 +46,12 @@ class Operators(pytest.Collector):
             if error is not None:
                 yield PackageItem.from_parent(self, name=f"package {name}", error=error)
         for op in [registry.get(name) for name in wanted] or registry.all_ops():
-            yield OpItem.from_parent(self, name=f"{op.name}[checks]", op=op, kernel=None)
+            yield OpItem.from_parent(self, name=f"{op.name}[checks]", op=op)
+            inputs = _count_inputs(self.config, op)
             for kernel in op.kernels:
-                yield OpItem.from_parent(self, name=f"{op.name}[kernel {kernel.name}]", op=op, kernel=kernel.name)
+                for number in range(inputs) or [None]:
+                    name = f"kernel {kernel.name}" if number is None else f"kernel {kernel.name}-input {number}"
+                    yield OpItem.from_parent(self, name=f"{op.name}[{name}]", op=op, kernel=kernel.name, number=number)
 
 
 class CheckFailed(Exception):
@@ -73,21 +76,40 @@ class PackageItem(pytest.Item):
 
 
 class OpItem(pytest.Item):
-    """The checks of one op, or of one of its kernels; both are read from one report per op."""
+    """The checks of one op, or one of its kernels on one input; all are read from one report per op."""
 
-    def __init__(self, *, op: Op[Any, Any], kernel: str | None, **kwargs: Any) -> None:
+    def __init__(
+        self, *, op: Op[Any, Any], kernel: str | None = None, number: int | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
-        self.op, self.kernel = op, kernel
+        self.op, self.kernel, self.number = op, kernel, number
 
     def runtest(self) -> None:
         report = _report(self.config, self.op)
         mine = [line for line in report.lines if self._is_mine(line)]
+        if self.number is not None and any(line.state != "skipped" for line in mine):
+            self._of_input(report, mine)
+            return
         failed = [line for line in mine if line.state == "FAILED"]
         if failed:
             raise CheckFailed("\n".join(_sentence(line) for line in failed))
         if not any(line.state == "ok" for line in mine):
             why = mine[0].detail if mine else "nothing could be run"
             pytest.skip(why)
+
+    def _of_input(self, report: Report, mine: list[Line]) -> None:
+        unplaced = [line for line in mine if line.state == "FAILED" and not line.detail.startswith("input ")]
+        if unplaced:  # the kernel cannot even be loaded
+            raise CheckFailed("\n".join(_sentence(line) for line in unplaced))
+        found = report.by_input.get((f"kernel {self.kernel}", self.number or 0))
+        if found:
+            from .testing.verdict import reproduce
+
+            check = f"kernel {self.kernel}"
+            command = reproduce(self.op, report.device, report.seed, check, f"input {self.number}")
+            raise CheckFailed("\n".join([*(f"{check}: {text}" for text in found), f"    reproduce: {command}"]))
+        if found is None:
+            pytest.skip(f"kernel {self.kernel} refuses this input")
 
     def _is_mine(self, line: Line) -> bool:
         return line.check == f"kernel {self.kernel}" if self.kernel else not line.check.startswith("kernel ")
@@ -107,16 +129,36 @@ def _sentence(line: Line) -> str:
     return f"{line.check}: {line.detail}{again}"
 
 
+def _count_inputs(config: pytest.Config, op: Op[Any, Any]) -> int:
+    """How many inputs the op's report will have; 0 where none can be made, which the report then says."""
+    import torch
+
+    from .testing.samples import registered_calls
+    from .testing.variants import from_contract
+
+    device, seed = _device(config), config.getoption("--opreg-seed")
+    dtype = torch.float32 if torch.float32 in op.tolerances or not op.tolerances else next(iter(op.tolerances))
+    make = from_contract if op.inputs is None else registered_calls
+    try:
+        return sum(1 for _ in make(op, device, dtype, seed))
+    except Exception:  # register_inputs is the author's code; the report words what it raises
+        return 0
+
+
+def _device(config: pytest.Config) -> str:
+    from . import devices
+
+    wanted = config.getoption("--opreg-device")
+    return devices.present()[0] if wanted is None else devices.check(wanted, "--opreg-device")
+
+
 _REPORTS: pytest.StashKey[dict[str, Report]] = pytest.StashKey()
 
 
 def _report(config: pytest.Config, op: Op[Any, Any]) -> Report:
-    from . import devices
     from .testing import check_op
 
     reports = config.stash.setdefault(_REPORTS, {})
     if op.name not in reports:
-        device = config.getoption("--opreg-device")
-        device = devices.present()[0] if device is None else devices.check(device, "--opreg-device")
-        reports[op.name] = check_op(op, device=device, seed=config.getoption("--opreg-seed"))
+        reports[op.name] = check_op(op, device=_device(config), seed=config.getoption("--opreg-seed"))
     return reports[op.name]

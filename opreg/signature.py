@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Union
 
 import torch
 
-from . import library
+from . import library, spellings
 from .context import LayerNameMark
 from .errors import RegistrationError, SignatureError, nearest
 from .shapes import Shape, ShapeSyntaxError, parse
@@ -23,6 +23,8 @@ from .spec import KINDS, REQUIRED, STARTS, ArgSpec, Like, OpSpec, ReturnSpec
 
 # A parameter with one of these names and a str or int type names a layer, and would bake it into the graph (HAZARDS 3).
 _LAYER_NAMES = {"layer", "layer_name", "layer_id", "layer_idx", "layer_index", "layer_number", "layer_num", "prefix"}
+
+_GENERATORS = {torch.Generator: "Generator", typing.Optional[torch.Generator]: "Generator?"}  # noqa: UP045
 
 
 @dataclass
@@ -100,7 +102,7 @@ class _Front:
         if set(inner) == {int, float, bool}:
             return _Hint(hint)  # the one union that torch has: a Scalar
         if len(inner) != 1 or len(inner) == len(typing.get_args(hint)):
-            raise self.refuse(parameter, f"is a union: {hint}", "torch schemas know one type or 'type | None'")
+            raise self.refuse(parameter, f"is a union: {hint}", spellings.of_union(typing.get_args(hint)))
         found = self.take_apart(parameter, inner[0])
         if found.layer:
             raise self.refuse(parameter, "is an optional layer name", "a layer op always names its layer")
@@ -294,6 +296,9 @@ _ASKED: dict[Any, tuple[str, str]] = {}
 
 def _schema_of_parameter(front: _Front, parameter: inspect.Parameter, bare: Any, default: Any) -> str:
     """'Tensor? bias=None', 'SymInt n', ...; torch is asked for one parameter at a time so that the message is short."""
+    if bare in _GENERATORS and default in (parameter.empty, None):
+        # Every torch has the type in schemas; infer_schema knows none, or from 2.13 on only one that is not optional.
+        return f"{_GENERATORS[bare]} {parameter.name}{'' if default is parameter.empty else '=None'}"
     asked = (bare, type(default), repr(default))
     if asked in _ASKED:
         kind, rest = _ASKED[asked]
@@ -303,12 +308,11 @@ def _schema_of_parameter(front: _Front, parameter: inspect.Parameter, bare: Any,
         _check_default(parameter)
         schema = library.infer_schema(inspect.Signature([parameter], return_annotation=None), ())
     except (ValueError, TypeError):
-        known = "Tensor, int, float, bool, str, torch.dtype, torch.device, list[...] of these, '... | None', Literal"
         shown = "" if default is parameter.empty else f" and default {default!r}"
         raise front.refuse(
             parameter.name,
             f"has type {_show(bare)}{shown}, which torch schemas lack",
-            f"use one of {known}, with a default of that type",
+            spellings.of_parameter(bare, default),
         ) from None
     text = schema[1 : schema.rindex(") ->")]
     kind, _, rest = text.partition(" ")
@@ -352,8 +356,8 @@ def _read_returns(front: _Front, hints: dict[str, Any]) -> tuple[tuple[ReturnSpe
         part = front.take_apart(f"return[{index}]" if many else "return", element)
         if part.bare not in (torch.Tensor, list[torch.Tensor], int, float, bool):
             raise SignatureError(
-                f"{front.name}: returns {_show(part.bare)}, which torch schemas lack; "
-                "return Tensor, list[Tensor], int, float, bool or a tuple of these"
+                f"{front.name}: returns {_show(part.bare)}{f' in place {index}' if many else ''}, which torch schemas "
+                f"lack; {spellings.of_return(part.bare)}"
             )
         found.append(part)
     names = {torch.Tensor: "Tensor", int: "SymInt", float: "float", bool: "bool"}

@@ -66,9 +66,9 @@ def _batched(info: Any, in_dims: tuple[int | None, ...], x: Tensor, weight: Tens
     # A weight per sample: norm without weight, then scale, since the contract has one weight for all rows.
     rows = x.movedim(batched_x, 0) if batched_x is not None else x.expand(info.batch_size, *x.shape)
     scale = weight.movedim(batched_weight, 0).float()
-    ones = torch.ones(x.shape[-1], dtype=torch.float32, device=x.device)
+    ones = torch.ones(rows.shape[-1], dtype=torch.float32, device=x.device)
     normed = rms_norm(rows.float(), ones, eps)
-    return (normed * scale.view(-1, *(1,) * (rows.dim() - 2), rows.shape[-1])).to(x.dtype), 0
+    return (normed * scale.reshape(-1, *(1,) * (rows.dim() - 2), rows.shape[-1])).to(x.dtype), 0
 
 
 @rms_norm.register_inputs

@@ -229,7 +229,7 @@ def test_doctor_json_embeds_what_an_issue_needs(capsys, monkeypatch) -> None:
     facts = json.loads(out_of(capsys, "doctor", "--json"))
     assert list(facts) == [
         *("opreg", "torch", "schema_version", "python", "platform", "devices", "compiler"),
-        *("packages", "plugins", "environment", "problems", "collect_env"),
+        *("packages", "plugins", "environment", "problems", "remarks", "collect_env"),
     ]
     assert facts["collect_env"] == "PyTorch version: x"
     assert "cpu" in facts["devices"]

@@ -1,12 +1,16 @@
 """Broken operators: each is found, none of their healthy twins is accused."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from .corpus.case import Case, findings
 from .corpus.table import CASES, table
+from .corpus.unusual import UNUSUAL
 
+every_unusual_op = pytest.mark.parametrize("build", UNUSUAL, ids=lambda build: build.__name__)
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "_"))
 
 
@@ -20,6 +24,17 @@ def test_the_broken_one_is_found(case: Case) -> None:
 @every_case
 def test_its_healthy_twin_is_not_accused(case: Case) -> None:
     assert findings(case.healthy, f"t_healthy_{CASES.index(case)}", compilers=False) == {}
+
+
+@every_unusual_op
+def test_an_unusual_one_is_not_accused(build: Callable[[str], Any]) -> None:
+    assert findings(build, f"t_unusual_{build.__name__}", compilers=False) == {}
+
+
+@pytest.mark.slow
+@every_unusual_op
+def test_an_unusual_one_compiles(build: Callable[[str], Any]) -> None:
+    assert findings(build, f"t_unusual_compiled_{build.__name__}", compilers=True) == {}
 
 
 def test_there_are_thirty_and_two_per_hazard() -> None:

@@ -149,7 +149,7 @@ def wrong_default(x: Tensor, n: int = "a") -> Tensor: ...  # type: ignore[assign
         (stars, "parameter 'xs' is .args or"),
         (positional, "'x' is positional-only; remove the '/'"),
         (tuple_in, r"'size' is a tuple.*write list\[int\]"),
-        (dictionary, "'d' has type dict, which torch schemas lack; use one of Tensor, int"),
+        (dictionary, "'d' has type dict, which torch schemas lack; write one parameter per entry"),
         (union, "'x' is a union"),
         (optional_list, r"write list\[Tensor\] and pass \[\] for none"),
         (strange_enum, r"derive it from str or int, as in class Unit\(str, Enum\)"),

@@ -1,5 +1,6 @@
 """The report of a check, its command line and its pytest plug-in."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -51,7 +52,8 @@ def test_a_wrong_op_names_argument_line_and_command() -> None:
     line = next(line for line in report.failed if line.check == "writes")
     assert "writes x (aten.abs_.default, test_testing.py:" in line.detail
     assert "x.abs_()" in line.detail
-    assert line.reproduce == "opreg check t_testing::wrong --device cpu --input 0 --seed 0"
+    command = f"opreg check t_testing::wrong --import {__name__} --device cpu --input 0 --seed 0"
+    assert line.reproduce == command  # no installed package registers it
     skipped = next(line for line in report.lines if line.check.startswith("kernel") and line.state == "skipped")
     assert skipped.detail == "needs no_such_module_here"
 
@@ -88,6 +90,41 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "t_testing::doubled", "--device", "mps"]) in (1, 5)
 
 
+BROKEN_KERNEL = """
+import torch
+from typing import Annotated
+from torch import Tensor
+from opreg import register_op
+
+@register_op("t_again::soft")
+def soft(x: Annotated[Tensor, "t d"]) -> Annotated[Tensor, "t d"]:
+    return x.softmax(-1)
+
+@soft.register_kernel("cpu")
+def fast(x: Tensor) -> Tensor:
+    y = x.clone()
+    y[:, :4] = x[:, :4].softmax(-1)
+    return y
+"""
+
+
+def test_the_printed_command_shows_the_same_finding_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_soft.py").write_text(BROKEN_KERNEL)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("broken_soft")
+    (line,) = check_op("t_again::soft", seed=3, compilers=False).failed
+    assert line.check == "kernel broken_soft/fast"
+    words = line.reproduce.split()
+    assert words[0] == "opreg"
+    done = subprocess.run(
+        [sys.executable, "-m", *words, "--json"], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1, done.stderr
+    (again,) = [one for one in json.loads(done.stdout)["ops"][0]["checks"] if one["state"] == "FAILED"]
+    # Without the count of what other inputs show.
+    assert (again["check"], again["detail"].split(" (and ")[0]) == (line.check, line.detail.split(" (and ")[0])
+
+
 PLUGIN = """
 import torch
 from typing import Annotated
@@ -96,6 +133,14 @@ from opreg import register_op
 
 @register_op("t_plugin::right")
 def right(x: Annotated[Tensor, "t d"]) -> Annotated[Tensor, "t d"]:
+    return x * 2
+
+@right.register_kernel("cpu", why_not=lambda x: "large" if x.shape[0] > 100 else None)
+def ragged(x: Tensor) -> Tensor:
+    return x * 2 if x.shape[1] != 8 else x * 3
+
+@right.register_kernel("xpu")
+def elsewhere(x: Tensor) -> Tensor:
     return x * 2
 
 @register_op("t_plugin::wrong")
@@ -116,13 +161,19 @@ def test_the_pytest_plugin(pytester: pytest.Pytester) -> None:
     result.stdout.fnmatch_lines(
         [
             "*t_plugin::right*checks* PASSED*",
-            "*t_plugin::right*kernel reference* PASSED*",
+            "*t_plugin::right*kernel test_mine/ragged-input 0* PASSED*",
+            "*t_plugin::right*kernel test_mine/ragged-input 1* FAILED*",
+            "*t_plugin::right*kernel test_mine/ragged-input 2* SKIPPED*",
+            "*t_plugin::right*kernel test_mine/elsewhere-input 0* SKIPPED*",
+            "*t_plugin::right*kernel reference-input 0* PASSED*",
             "*t_plugin::wrong*checks* FAILED*",
+            "*reproduce: opreg check t_plugin::right*--kernel test_mine/ragged --input 1*",
             "*writes x (aten.mul_.Tensor*",
             "*reproduce: opreg check t_plugin::wrong*",
         ]
     )
-    result.assert_outcomes(passed=4, failed=1)
+    # Their own test, the checks of one op, a kernel on one input, and the references on three inputs each.
+    result.assert_outcomes(passed=1 + 1 + 1 + 6, failed=2, skipped=4)
 
 
 def _installed() -> bool:

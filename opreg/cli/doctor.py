@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import shutil
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from . import start, table
+from . import footguns, start, table
 
 KNOWN = {
     "jax": "call_jax and JAX kernels",
@@ -28,8 +27,11 @@ VARIABLES = (
     "OPREG_STRICT",
     "OPREG_NO_BUILD",
     "OPREG_CACHE_DIR",
+    "OPREG_ALIAS_GUARD",
     "CXX",
+    "JAX_ENABLE_X64",
     "PJRT_DEVICE",
+    "TORCHDYNAMO_AUTO_FUNCTIONALIZED_V2",
     "TORCH_LOGS",
     "NO_COLOR",
 )
@@ -62,17 +64,25 @@ def add(commands: Any) -> None:
         parents=[start.options()],
         help="versions, devices, optional packages, op packages, environment; exit 1 if something installed is broken",
     )
+    parser.add_argument(
+        "--split-on",
+        action="append",
+        default=[],
+        metavar="OPS",
+        help="names that you split graphs at, separated by commas: one that no operator has is a problem",
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     loaded = start.load_ops(args.verbose)
     packages, plugins = find_packages(), find_plugins(loaded)
-    problems = find_problems(plugins)
+    split_on = [name for names in args.split_on for name in names.split(",") if name]
+    problems, remarks = find_problems(plugins, split_on), footguns.remarks()
     if args.json:
-        start.print_json(_json(packages, plugins, problems))
+        start.print_json(_json(packages, plugins, problems, remarks))
     else:
-        print(*_text(packages, plugins, problems), sep="\n")
+        print(*_text(packages, plugins, problems, remarks), sep="\n")
     return start.FAILED if problems else start.OK
 
 
@@ -121,35 +131,12 @@ def find_plugins(loaded: dict[str, BaseException | None]) -> list[Plugin]:
     return plugins
 
 
-def find_problems(plugins: list[Plugin]) -> list[str]:
+def find_problems(plugins: list[Plugin], split_on: list[str]) -> list[str]:
     """What is installed or set, and broken. That something optional is absent is no problem."""
-    import torch
-
-    from opreg import _compat
-
     problems = [f"op package '{p.name}' could not be loaded: {p.error}" for p in plugins if p.error is not None]
     if not plugins:
         problems.append("opreg itself is not installed, only importable, so no op package is found: pip install it")
-    if _compat.torch_version() < _compat.TESTED[0]:
-        problems.append(f"torch {torch.__version__} is older than {_dotted(_compat.TESTED[0])}: pip install -U torch")
-    return [*problems, *_override_problems()]
-
-
-def _override_problems() -> list[str]:
-    from opreg import registry, select
-    from opreg.errors import OpregError
-
-    try:
-        forced = select.environment()
-    except OpregError as error:
-        return [str(error)]
-    problems = []
-    for name, kernel in forced.items():
-        try:
-            select.kernel_named(registry.get(name), kernel)
-        except OpregError as error:
-            problems.append(f"OPREG_KERNELS: {error}")
-    return problems
+    return [*problems, *footguns.problems(split_on)]
 
 
 def _dotted(minor: tuple[int, int]) -> str:
@@ -164,14 +151,7 @@ def _support() -> str:
     return f"{'supported' if known else 'untested'} ({_dotted(first)} to {_dotted(last)})"
 
 
-def _compiler() -> str | None:
-    """The C++ compiler that Inductor and the C++ kernels use."""
-    return next(
-        filter(None, (shutil.which(c) for c in (os.environ.get("CXX") or "", "g++", "clang++", "c++") if c)), None
-    )
-
-
-def _json(packages: list[Package], plugins: list[Plugin], problems: list[str]) -> dict[str, Any]:
+def _json(packages: list[Package], plugins: list[Plugin], problems: list[str], remarks: list[str]) -> dict[str, Any]:
     from torch.utils.collect_env import get_pretty_env_info
 
     from opreg import devices
@@ -180,22 +160,23 @@ def _json(packages: list[Package], plugins: list[Plugin], problems: list[str]) -
         python=platform.python_version(),
         platform=platform.platform(),
         devices=devices.present(),
-        compiler=_compiler(),
+        compiler=footguns.compiler(),
         packages=[asdict(package) for package in packages],
         plugins=[asdict(plugin) for plugin in plugins],
         environment={name: os.environ.get(name) for name in VARIABLES},
         problems=problems,
+        remarks=remarks,
         collect_env=get_pretty_env_info(),
     )
 
 
-def _text(packages: list[Package], plugins: list[Plugin], problems: list[str]) -> list[str]:
+def _text(packages: list[Package], plugins: list[Plugin], problems: list[str], remarks: list[str]) -> list[str]:
     import torch
 
     import opreg
     from opreg import devices
 
-    compiler = _compiler()
+    compiler = footguns.compiler()
     rows: list[tuple[str, ...]] = [
         (f"opreg {opreg.__version__}", str(Path(opreg.__file__).parent), f"python {platform.python_version()}"),
         (f"torch {torch.__version__}", _support(), f"devices: {' '.join(devices.present())}"),
@@ -214,6 +195,7 @@ def _text(packages: list[Package], plugins: list[Plugin], problems: list[str]) -
     return [
         *lines,
         *(verdict if problems else [table.paint("no problems", "good")]),
+        *(f"remark: {remark}" for remark in remarks),
         "for an issue: opreg doctor --json",
     ]
 

@@ -160,6 +160,7 @@ def audit(
     }
     versions = {name: tensor._version for name, tensor in plain.items()}
     shapes = {name: (tensor.data_ptr(), tensor.size(), tensor.stride()) for name, tensor in plain.items()}
+    leaves = {name: tensor.requires_grad for name, tensor in tensors.items()}
     found = Audit()
     mode = WriteMode(set(names_of), {storages[name]._cdata for name in may_write})
     with mode if watch else nullcontext():
@@ -167,7 +168,12 @@ def audit(
     for name, tensor in tensors.items():
         now = tensor.detach()
         if (now.data_ptr(), now.size(), now.stride()) != shapes[name]:
-            found.moved[name] = f"{list(shapes[name][1])} became {list(now.size())}, or other memory"
+            found.moved[name] = (
+                f"{list(shapes[name][1])} became {list(now.size())}, or other memory: an argument must stay where it "
+                "is and as large as it is (resize_, set_, t_, .data =)"
+            )
+        elif tensor.requires_grad != leaves[name]:
+            found.moved[name] = f"requires_grad became {tensor.requires_grad}; work on x.detach()"
     for key, names in names_of.items():
         allowed = [name for name in names if name in may_write]
         seen = [write for write in mode.writes if write.storage == key]

@@ -11,9 +11,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from .. import fake, library
 from ..errors import ContractError
 from ..op import Op
+from ..spec import ArgSpec
 from .compare import difference
 from .eager import Crashed, Outcome, Refused, describe, run, seeded
-from .fakes import row_dims
+from .fakes import depends_on_values, row_dims
 from .outputs import outputs, overwritten
 from .samples import Call, restore_state, tensors_of
 
@@ -56,16 +57,20 @@ def _outcome(op: Op[Any, Any], fn: Callable[..., Any], call: Call) -> Outcome:
 
 def check_opcheck(op: Op[..., Any], call: Call) -> str | None:
     """torch's own opcheck. Of an op that keeps state it cannot compare eager with traced: it runs the op several times
-    on one state. check_dead_outputs and check_compiled do that with the state put back."""
+    on one state. check_dead_outputs and check_compiled do that with the state put back. Nor can it where results hold
+    NaN, which it takes for a difference."""
     args, saved = call.fresh(), call.save_state()
+    if op.has_autograd:  # then opcheck also compares the gradients of eager with those of a traced graph
+        for arg, value in zip(op.spec.args, args, strict=True):
+            for tensor in () if arg.layer else tensors_of(value):
+                tensor.requires_grad_(tensor.is_floating_point())
     named = {arg.name: value for arg, value in zip(op.spec.args, args, strict=True)}
     keywords = {arg.name: named.pop(arg.name) for arg in op.spec.args if arg.keyword_only}
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    partly = op.spec.keeps_state or _any_nan(op, call)
     try:
         with seeded():
-            found = library.opcheck(
-                op.overload, tuple(named.values()), keywords, tests if op.spec.keeps_state else None
-            )
+            found = library.opcheck(op.overload, tuple(named.values()), keywords, tests if partly else None)
     finally:
         restore_state(saved)
     failed = {name: text for name, text in found.items() if text != "SUCCESS"}
@@ -73,6 +78,13 @@ def check_opcheck(op: Op[..., Any], call: Call) -> str | None:
         return None
     name, text = next(iter(failed.items()))
     return f"torch.library.opcheck, {name}: {(text.strip().splitlines() or [''])[0][:300]}"
+
+
+def _any_nan(op: Op[Any, Any], call: Call) -> bool:
+    try:
+        return any(bool(tensor.isnan().any()) for tensor in run(op, op.overload, call).all)
+    except (Refused, Crashed):
+        return False  # reported by the eager checks
 
 
 def check_compiled(op: Op[Any, Any], call: Call, backend: str, dynamic: bool) -> str | None:
@@ -181,7 +193,7 @@ def check_alias_after_clone(op: Op[Any, Any], call: Call, backend: str) -> Itera
 def check_one_graph(op: Op[Any, Any], call: Call) -> str | None:
     """How many graphs three row counts need under dynamic=True; the kernel is left out, the sizes may mean nothing."""
     marks = row_dims(op, call.args)
-    if not any(any(rows) for rows in marks if rows):
+    if not any(_any_rows(rows) for rows in marks) or depends_on_values(op, call):
         return None
     counter = CompileCounterWithBackend("aot_eager")
 
@@ -206,6 +218,10 @@ def check_one_graph(op: Op[Any, Any], call: Call) -> str | None:
     if counter.frame_count > 1:
         return f"{counter.frame_count} graphs for 3 row counts under dynamic=True; the fake pins a size to a number"
     return None
+
+
+def _any_rows(marks: Any) -> bool:
+    return any(map(_any_rows, marks)) if isinstance(marks, list) else bool(marks)
 
 
 class _runner:
@@ -239,16 +255,19 @@ def _resize(op: Op[Any, Any], args: tuple[Any, ...], count: int) -> tuple[Any, .
         sizes[name] = (count, *old[1:]) if isinstance(old, tuple) else count
         if isinstance(old, int) and any(arg.name == name for arg in op.spec.args):
             return None  # an int argument gives the size; it would have to change too
-    found: list[Any] = []
-    for arg, value, rows in zip(op.spec.args, args, row_dims(op, args), strict=True):
-        if not isinstance(value, torch.Tensor) or rows is None:
-            found.append(value)
-        elif arg.shape is None:
+
+    def resized(arg: ArgSpec, value: Any, rows: Any) -> Any:
+        if rows is None:
+            return value
+        if isinstance(value, (list, tuple)):
+            return type(value)(resized(arg, *pair) for pair in zip(value, rows, strict=True))
+        if arg.shape is None:
             shape = [count if row and dim is None else size for size, row in zip(value.shape, rows, strict=True)]
-            found.append(torch.zeros(shape, dtype=value.dtype, device=value.device))
         else:
-            found.append(torch.zeros(_shape(arg.shape, value, sizes), dtype=value.dtype, device=value.device))
-    return tuple(found)
+            shape = _shape(arg.shape, value, sizes)
+        return torch.zeros(shape, dtype=value.dtype, device=value.device)
+
+    return tuple(resized(*triple) for triple in zip(op.spec.args, args, row_dims(op, args), strict=True))
 
 
 def _shape(shape: Any, value: torch.Tensor, sizes: dict[str, Any]) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dis
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from .. import select
 from ..errors import OpregError
 from ..op import Op
 from ..spec import KernelSpec
+from . import process
 from .audit import audit, user_line
 from .compare import DEFAULT_RMS, difference
 from .samples import Call, named_tensors, restore_state, tensors_of
@@ -66,15 +67,24 @@ class Outcome:
 @contextmanager
 def seeded(seed: int = 0) -> Iterator[None]:
     """Draws from the global generators are the same each time and leave no trace."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_available() else []):
-        torch.manual_seed(seed)
-        yield
-
-
-def attempt(run: Callable[[], Any]) -> Any:
-    """Result of `run`, or Refused or Crashed."""
+    # torch.manual_seed takes 5 ms where no accelerator is initialised: it notes a traceback for each kind.
+    generators = [torch.default_generator]
+    for backend in (torch.cuda, torch.xpu):
+        generators += backend.default_generators if backend.is_initialized() else ()
+    states = [generator.get_state() for generator in generators]
+    for generator in generators:
+        generator.manual_seed(seed)
     try:
-        with torch.no_grad(), seeded():
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+def attempt(run: Callable[[], Any], mode: AbstractContextManager[Any] | None = None) -> Any:
+    """Result of `run` (under no_grad, or another mode), or Refused or Crashed. The process stays as it was."""
+    try:
+        with process.kept(), mode or torch.no_grad(), seeded():
             return run()
     except Exception as error:  # the code under test may raise anything; every kind is reported
         if deliberate(error):
@@ -82,12 +92,18 @@ def attempt(run: Callable[[], Any]) -> Any:
         raise Crashed(f"raises {describe(error)}") from error
 
 
-def run(op: Op[Any, Any], fn: Callable[..., Any], call: Call, args: tuple[Any, ...] | None = None) -> Outcome:
+def run(
+    op: Op[Any, Any],
+    fn: Callable[..., Any],
+    call: Call,
+    args: tuple[Any, ...] | None = None,
+    mode: AbstractContextManager[Any] | None = None,
+) -> Outcome:
     """One call of a kernel (or the op) with fresh arguments; the layer's tensors are put back afterwards."""
     given = call.fresh() if args is None else args
     saved = call.save_state()
     try:
-        result = attempt(lambda: op.call_with(fn, given))
+        result = attempt(lambda: op.call_with(fn, given), mode)
         written = [t for arg, value in zip(op.spec.args, given, strict=True) if arg.mutated for t in tensors_of(value)]
         state = [tensor.clone() for tensor in call.state.values()]
     finally:
@@ -149,10 +165,26 @@ def _writes(op: Op[Any, Any], found: Any, mutated: set[str]) -> Iterator[tuple[s
     for name, count in found.outside.items():
         yield "writes", f"{count} bytes beside the elements of {name} were written: strides or offset are ignored"
     for name, how in found.moved.items():
-        yield (
-            "writes",
-            f"{name}: {how}: an argument must stay where it is and as large as it is (resize_, set_, .data =)",
-        )
+        yield "writes", f"{name}: {how}"
+
+
+def check_process(op: Op[Any, Any], fn: Callable[..., Any], call: Call) -> str | None:
+    """What a call changes of the process it runs in, which belongs to the caller."""
+    args, saved = call.fresh(), call.save_state()
+    changed: list[str] = []
+
+    def watched() -> None:
+        before = process.snapshot()
+        op.call_with(fn, args)
+        changed.extend(process.changes(before))
+
+    try:
+        with process.kept(everything=True):
+            process.seed_others()
+            attempt(watched)
+    finally:
+        restore_state(saved)
+    return f"changes the process's {'; '.join(changed)}; put it back, or do without" if changed else None
 
 
 def _foreign(op: Op[Any, Any], first: list[Any], second: list[Any]) -> Iterator[tuple[str, str]]:
@@ -173,6 +205,11 @@ def _aliases(op: Op[Any, Any], first: Any, second: Any, tensors: dict[str, torch
     declared = [bool(r.alias_info) for r in op.overload._schema.returns]
     if any(declared):
         return
+    for index, tensor in enumerate(tensors_of(first)):
+        if tensor.numel() and any(
+            size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        ):
+            yield "aliasing", f"elements of result {index} share memory (expand, stride 0); return .contiguous()"
     owners = {tensor.untyped_storage()._cdata: name for name, tensor in tensors.items() if tensor.numel()}
     seen: dict[int, int] = {}
     for index, tensor in enumerate(tensors_of(first)):
@@ -215,18 +252,23 @@ def repeats(op: Op[Any, Any], fn: Callable[..., Any], call: Call) -> str | None:
     """What differs between two calls with equal arguments, or that the global generator was used undeclared."""
     declared = torch.Tag.nondeterministic_seeded in op.spec.tags
     if not declared:
-        with seeded(1):
+        args, saved = call.fresh(), call.save_state()
+
+        def draws() -> bool:
+            torch.default_generator.manual_seed(1)  # a kernel that seeds with attempt's own 0 must not look innocent
             before = torch.get_rng_state()
-            args, saved = call.fresh(), call.save_state()
-            try:
-                op.call_with(fn, args)
-            finally:
-                restore_state(saved)
-            if not torch.equal(before, torch.get_rng_state()):
-                return (
-                    "draws from torch's global generator, so compilers may drop or repeat a call; "
-                    "add tags=torch.Tag.nondeterministic_seeded, or take the random numbers as an argument"
-                )
+            op.call_with(fn, args)
+            return not torch.equal(before, torch.get_rng_state())
+
+        try:
+            drawn = attempt(draws)
+        finally:
+            restore_state(saved)
+        if drawn:
+            return (
+                "draws from torch's global generator, so compilers may drop or repeat a call; "
+                "add tags=torch.Tag.nondeterministic_seeded, or take the random numbers as an argument"
+            )
     first, second = run(op, fn, call), run(op, fn, call)
     found = difference(first.all, second.all, 0.0)
     return None if found is None else f"two calls with equal arguments differ: {found}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import sympy
@@ -15,6 +15,8 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from .. import fake, select
 from ..op import Op
+from ..spec import ArgSpec
+from . import process
 from .audit import is_machinery, user_line
 from .eager import describe
 from .samples import Call, tensors_of
@@ -26,7 +28,8 @@ _DUNDER = {"__bool__", "__int__", "__index__", "__float__", "__len__"}
 
 def check_fake(op: Op[Any, Any], call: Call, results: list[torch.Tensor]) -> str | None:
     """How the fake's outputs differ from the real results of the same call: number, shape, dtype, stride, device."""
-    mode = FakeTensorMode()
+    # Sizes are numbers, except those that the fake says depend on values (new_dynamic_size, nonzero).
+    mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
     args = _convert(call.fresh(), mode.from_tensor)
     try:
         with mode, torch.no_grad():
@@ -38,13 +41,13 @@ def check_fake(op: Op[Any, Any], call: Call, results: list[torch.Tensor]) -> str
         return f"the fake gives {len(fakes)} tensors, the real call {len(results)}"
     for index, (one, real) in enumerate(zip(fakes, results, strict=True)):
         name = "the fake's result" if len(fakes) == 1 else f"the fake's result {index}"
-        if tuple(one.shape) != tuple(real.shape):
+        if not _same_sizes(one.shape, real.shape):
             return f"{name} has shape {list(one.shape)}, the real one {list(real.shape)}"
         if one.dtype != real.dtype:
             return f"{name} has {one.dtype}, the real one {real.dtype}"
         if one.device.type != real.device.type:
             return f"{name} is on {one.device}, the real one on {real.device}"
-        if real.numel() and _strides(one) != _strides(real):
+        if real.numel() and not _same_sizes(_strides(one, real), _strides(real, real)):
             return (
                 f"{name} has strides {list(one.stride())}, the real one {list(real.stride())} of shape "
                 f"{list(real.shape)}; return .contiguous(), or register a fake that gives these strides"
@@ -56,15 +59,75 @@ def check_fake(op: Op[Any, Any], call: Call, results: list[torch.Tensor]) -> str
     return None
 
 
-def _strides(tensor: torch.Tensor) -> list[int]:
+def _same_sizes(fakes: Sequence[Any], reals: Sequence[int]) -> bool:
+    """Whether sizes or strides are equal; one that depends on values (an unbacked symbol) is as the real one is."""
+    if len(fakes) != len(reals):
+        return False
+    return all(not _is_number(one) or one == real for one, real in zip(fakes, reals, strict=True))
+
+
+def _is_number(size: Any) -> bool:
+    return not isinstance(size, torch.SymInt) or size.node.maybe_as_int() is not None
+
+
+def _strides(tensor: torch.Tensor, real: torch.Tensor) -> list[int]:
     """Strides of the dims that have one: with a single element nothing is ever stepped over."""
-    return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+    return [stride for size, stride in zip(real.shape, tensor.stride(), strict=True) if size > 1]
 
 
-def _convert(args: tuple[Any, ...], convert: Callable[[torch.Tensor], torch.Tensor]) -> tuple[Any, ...]:
+def depends_on_values(op: Op[Any, Any], call: Call) -> bool:
+    """Whether the fake says that a size of the result depends on values (new_dynamic_size)."""
+    mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
+    args = _convert(call.args, mode.from_tensor)
+    try:
+        with process.kept(), mode, torch.no_grad():
+            made = tensors_of(op.call_with(op.overload, args))
+    except Exception as error:  # check_fake reports it
+        log.debug("%s: the fake raises %s", op.name, error)
+        return False
+    return not all(_is_number(size) for tensor in made for size in tensor.shape)
+
+
+def check_device(op: Op[Any, Any], call: Call) -> str | None:
+    """Which result of an explicit fake stays on the CPU when the arguments are elsewhere.
+
+    Fake tensors on "meta" stand for any other device: a build of torch may abort at the name of one it lacks.
+    """
+    mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
+
+    def elsewhere(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+    if op.explicit_fake is None or op.spec.first_tensor is None:
+        return None
+    plain = _convert(call.args, lambda tensor: tensor)
+    with process.kept(), mode, torch.no_grad():
+        args = _convert(plain, elsewhere, detach=False)
+        try:
+            made = tensors_of(op.call_with(fake.make_fake(op), args))
+        except Exception as error:  # a fake may raise anything
+            return _mixed(error)
+        wrong = next((i for i, tensor in enumerate(made) if tensor.device.type == "cpu"), None)
+        if wrong is not None:
+            return (
+                f"the fake's result {wrong} is on the CPU where the arguments are on another device; make it with "
+                "x.new_empty(...) or device=x.device"
+            )
+    return None
+
+
+def _mixed(error: Exception) -> str | None:
+    if "two different devices" not in str(error) and "same device" not in str(error):
+        return None
+    return f"the fake mixes devices where the arguments are not on the CPU: {describe(error)}; use device=x.device"
+
+
+def _convert(
+    args: tuple[Any, ...], convert: Callable[[torch.Tensor], torch.Tensor], detach: bool = True
+) -> tuple[Any, ...]:
     def one(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return convert(value.detach())
+            return convert(value.detach() if detach else value)
         if isinstance(value, (list, tuple)):
             return type(value)(one(item) for item in value)
         return value
@@ -73,7 +136,7 @@ def _convert(args: tuple[Any, ...], convert: Callable[[torch.Tensor], torch.Tens
 
 
 def row_dims(op: Op[Any, Any], args: tuple[Any, ...]) -> list[Any]:
-    """Per argument: a list with True for each dim that counts rows.
+    """Per argument: a list with True for each dim that counts rows (a list of such lists for a list of tensors).
 
     That is a contract name that is some tensor's first dim; without contracts, the first dim of every tensor that has
     as many rows as the first tensor.
@@ -88,21 +151,26 @@ def row_dims(op: Op[Any, Any], args: tuple[Any, ...]) -> list[Any]:
         (v for a, v in zip(op.spec.args, args, strict=True) if a.is_tensor and v is not None and v.dim()), None
     )
     found: list[Any] = []
-    for arg, value in zip(op.spec.args, args, strict=True):
+
+    def marks_of(arg: ArgSpec, value: Any) -> Any:
+        if isinstance(value, (list, tuple)) and tensors_of(value):
+            return [marks_of(arg, item) for item in value]
         if not isinstance(value, torch.Tensor) or arg.layer:
-            found.append(None)
-        elif arg.shape is None:
+            return None
+        if arg.shape is None:
             rows = first is not None and value.dim() > 0 and value.shape[0] == first.shape[0]
-            found.append([rows, *[False] * (value.dim() - 1)] if value.dim() else [])
-        else:
-            marks: list[bool] = []
-            for dim in arg.shape.dims:
-                if dim.kind == "star":
-                    count = value.dim() - len(arg.shape.dims) + 1
-                    marks += [bool(dim.names) and dim.names[0] in leading] * count
-                else:
-                    marks.append(dim.kind == "name" and dim.names[0] in leading)
-            found.append(marks)
+            return [rows, *[False] * (value.dim() - 1)] if value.dim() else []
+        marks: list[bool] = []
+        for dim in arg.shape.dims:
+            if dim.kind == "star":
+                count = value.dim() - len(arg.shape.dims) + 1
+                marks += [bool(dim.names) and dim.names[0] in leading] * count
+            else:
+                marks.append(dim.kind == "name" and dim.names[0] in leading)
+        return marks
+
+    for arg, value in zip(op.spec.args, args, strict=True):
+        found.append(marks_of(arg, value))
     return found
 
 
@@ -128,15 +196,16 @@ def check_unbacked(op: Op[Any, Any], call: Call) -> str | None:
             shape.append(symbols[name])
         return torch.empty(shape, dtype=value.dtype, device=value.device)
 
-    with mode, torch.no_grad():
-        args = []
-        for arg, value, dims in zip(op.spec.args, call.args, marks, strict=True):
-            if not isinstance(value, torch.Tensor):
-                args.append(_convert((value,), mode.from_tensor)[0])
-            elif dims is None:
-                args.append(mode.from_tensor(value))
-            else:
-                args.append(convert(value, dims, _names(arg, value)))
+    with process.kept(), mode, torch.no_grad():
+
+        def symbolic(arg: ArgSpec, value: Any, dims: Any) -> Any:
+            if dims is None:
+                return _convert((value,), mode.from_tensor)[0]
+            if isinstance(value, (list, tuple)):
+                return type(value)(symbolic(arg, *pair) for pair in zip(value, dims, strict=True))
+            return convert(value, dims, _names(arg, value))
+
+        args = [symbolic(*triple) for triple in zip(op.spec.args, call.args, marks, strict=True)]
         try:
             op.call_with(fake.make_fake(op), tuple(args))
         except Exception as error:  # the fake is the author's; what it raises is reported below
@@ -179,19 +248,24 @@ def check_pinned(op: Op[Any, Any], fn: Callable[..., Any], call: Call, what: str
     """
     env = ShapeEnv(duck_shape=False)
     mode = FakeTensorMode(shape_env=env)
-    args: list[Any] = []
-    for index, (value, rows) in enumerate(zip(call.args, row_dims(op, call.args), strict=True)):
-        if rows is None or not isinstance(value, torch.Tensor):
-            args.append(_convert((value,), mode.from_tensor)[0])
-            continue
+
+    def symbolic(value: Any, rows: Any, name: str) -> Any:
+        if rows is None:
+            return _convert((value,), mode.from_tensor)[0]
+        if isinstance(value, (list, tuple)):
+            pairs = enumerate(zip(value, rows, strict=True))
+            return type(value)(symbolic(item, marks, f"{name}_{i}") for i, (item, marks) in pairs)
         sizes = [
             DimDynamic.DYNAMIC if row and size > 1 else DimDynamic.STATIC
             for size, row in zip(value.shape, rows, strict=True)
         ]
         context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
-        args.append(mode.from_tensor(value.detach(), symbolic_context=context, source=ConstantSource(f"a{index}")))
+        return mode.from_tensor(value.detach(), symbolic_context=context, source=ConstantSource(name))
+
+    pairs = enumerate(zip(call.args, row_dims(op, call.args), strict=True))
+    args = [symbolic(value, rows, f"a{index}") for index, (value, rows) in pairs]
     try:
-        with mode, torch.no_grad():
+        with process.kept(), mode, torch.no_grad():
             op.call_with(fn, tuple(args))
     except Exception as error:  # other checks report what fails; here only guards are looked at
         log.debug("%s: %s over symbolic sizes: %s", op.name, what, error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -59,11 +60,82 @@ def check_gradients(op: Op[Any, Any], call: Call) -> tuple[bool, str | None]:
     except Exception as error:  # a formula may raise anything; the first lines say which input differs
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return True, f"{' '.join(lines[:3])[:400]}" if type(error).__name__ == "GradcheckError" else describe(error)
-    return True, None
+    names = [op.spec.args[place].name for place in places]
+    try:
+        return True, next(_habits(function, given, names), None)
+    except Exception as error:  # as above
+        return True, describe(error)
+
+
+def _habits(function: Callable[..., Any], given: list[torch.Tensor], names: list[str]) -> Iterator[str]:
+    """What finite differences do not show: gradients that arrive expanded or strided, two calls before one backward,
+    gradients wanted of one input only, and what the formula writes."""
+
+    def gradients(
+        weights: list[torch.Tensor], inputs: list[torch.Tensor] | None = None, results: Any = None
+    ) -> list[torch.Tensor]:
+        leaves = given if inputs is None else inputs
+        results = function(*leaves) if results is None else results
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        found = torch.autograd.grad(results, wanted, weights, allow_unused=True)
+        return [torch.zeros_like(w) if g is None else g.clone() for g, w in zip(found, wanted, strict=True)]
+
+    results = function(*given)
+    if not results:
+        return
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r) for r in results]
+    before = [tensor.detach().clone() for tensor in (*weights, *given)]
+    expected = gradients(weights)
+    for name, tensor, old in zip(
+        (*("the incoming gradient" for _ in weights), *names), (*weights, *given), before, strict=True
+    ):
+        if not torch.equal(tensor.detach(), old):
+            yield f"the formula writes {name} in place, which others read too; work on a copy"
+            return
+
+    def differs(found: list[torch.Tensor], reference: list[torch.Tensor], what: str) -> Iterator[str]:
+        for name, one, other in zip(names, found, reference, strict=True):
+            if not torch.allclose(one, other, rtol=1e-9, atol=1e-9, equal_nan=True):
+                yield f"the gradient of {name} {what}"
+
+    ones = [torch.ones_like(r) for r in results]
+    expanded = [torch.ones((), dtype=r.dtype, device=r.device).expand(r.shape) for r in results]
+    arrivals = [
+        ("that is not contiguous", [_transposed(w) for w in weights], expected),
+        ("that is every second element of a buffer", [torch.stack([w, -w], -1)[..., 0] for w in weights], expected),
+        ("of a sum, whose strides are 0", expanded, gradients(ones)),
+    ]
+    for what, arriving, reference in arrivals:
+        try:
+            found = gradients(arriving)
+        except Exception as error:  # the formula may raise anything
+            yield f"the formula fails on an incoming gradient {what}: {describe(error)}"
+            return
+        yield from differs(found, reference, f"is another for an incoming gradient {what}")
+    first = function(*given)
+    function(*(leaf.detach().mul(0.5).requires_grad_() for leaf in given))
+    again = gradients(weights, results=first)
+    yield from differs(again, expected, "is another where the op was called again before the backward pass")
+    for place in range(len(given)) if len(given) > 1 else ():
+        alone = [leaf.detach().clone().requires_grad_(index == place) for index, leaf in enumerate(given)]
+        made = function(*alone)
+        if not made:
+            continue
+        if len(made) == len(weights) and not torch.allclose(
+            gradients(weights, alone, made)[0], expected[place], rtol=1e-9, atol=1e-9, equal_nan=True
+        ):
+            yield f"the gradient of {names[place]} is another where no other input wants one"
+
+
+def _transposed(tensor: torch.Tensor) -> torch.Tensor:
+    """Same values, first and last dim swapped in memory."""
+    return tensor.transpose(0, -1).contiguous().transpose(0, -1) if tensor.dim() > 1 else tensor
 
 
 def check_vmap(op: Op[Any, Any], call: Call) -> tuple[bool, str | None]:
-    """(whether it could be run, what differs) for the batching rule: two samples of all tensors, and of each alone."""
+    """(whether it could be run, what differs) for the batching rule: two samples of all tensors, and of each alone; the
+    batch as first and as last dim."""
     places = [
         index
         for index, (arg, value) in enumerate(zip(op.spec.args, call.args, strict=True))
@@ -71,9 +143,10 @@ def check_vmap(op: Op[Any, Any], call: Call) -> tuple[bool, str | None]:
     ]
     if not places or op.spec.mutates:
         return False, None
-    groups = [places, *([place] for place in places if len(places) > 1)]
-    for group in groups:
-        values = [torch.stack([call.args[p].detach(), call.args[p].detach() * 0.5 + 0.25]) for p in group]
+    groups = [(places, 0), (places, -1), *(([place], 0) for place in places if len(places) > 1)]
+    for group, dim in groups:
+        samples = [(call.args[p].detach(), call.args[p].detach() * 0.5 + 0.25) for p in group]
+        values = [torch.stack(pair, dim) for pair in samples]
 
         def function(*tensors: torch.Tensor, group: list[int] = group) -> Any:
             args = list(call.args)
@@ -81,10 +154,10 @@ def check_vmap(op: Op[Any, Any], call: Call) -> tuple[bool, str | None]:
                 args[place] = tensor
             return op.call_with(op.function, tuple(args))
 
-        names = ", ".join(op.spec.args[p].name for p in group)
+        names = ", ".join(op.spec.args[p].name for p in group) + (" in the last dim" if dim else "")
         try:
-            loop = [tensors_of(function(*(value[i] for value in values))) for i in range(2)]
-            batched = tensors_of(torch.vmap(function)(*values))
+            loop = [tensors_of(function(*(pair[i] for pair in samples))) for i in range(2)]
+            batched = tensors_of(torch.vmap(function, in_dims=dim)(*values))
         except Exception as error:  # a rule may raise anything
             return True, f"batched over {names}: {describe(error)}"
         for index, found in enumerate(batched):

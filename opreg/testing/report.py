@@ -33,6 +33,8 @@ class Report:
     seed: int = 0
     inputs: int = 0
     lines: list[Line] = field(default_factory=list)
+    by_input: dict[tuple[str, int], list[str]] = field(default_factory=dict)
+    """(check, number of the input) -> what was found with that input and the calls derived from it; empty: all well."""
 
     @property
     def ok(self) -> bool:

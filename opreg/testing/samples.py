@@ -16,12 +16,16 @@ _SCALARS = (bool, int, float, str, type(None))
 
 @dataclass(frozen=True)
 class Call:
-    """One call: every argument in the op's order, and the tensors and plain values of the layer it may change."""
+    """One call: every argument in the op's order, and the tensors of the layer it may change.
+
+    registered: made by register_inputs. certain: the op must take it; False where only its sizes were made up.
+    """
 
     label: str
     args: tuple[Any, ...]
     state: dict[str, torch.Tensor] = field(default_factory=dict)
     registered: bool = True
+    certain: bool = True
 
     def fresh(self) -> tuple[Any, ...]:
         """The arguments with copies of all tensors; strides, offsets and shared storage stay as they are."""
@@ -40,12 +44,15 @@ def restore_state(saved: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
 
 
 def copy_arguments(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Copies of all tensors of `args`, storage by storage, so that views of one storage stay views of one storage."""
+    """Copies of all tensors of `args`, storage by storage, so that views of one storage stay views of one storage; and
+    of generators, so that each call draws the same numbers."""
     storages: dict[int, torch.UntypedStorage] = {}
 
     def copy(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
             return type(value)(copy(item) for item in value)
+        if isinstance(value, torch.Generator):
+            return torch.Generator(value.device).set_state(value.get_state())
         if not isinstance(value, torch.Tensor):
             return value
         plain = value.detach()
@@ -57,7 +64,9 @@ def copy_arguments(args: tuple[Any, ...]) -> tuple[Any, ...]:
         new.set_(storages[key], plain.storage_offset(), plain.size(), plain.stride())
         return new.requires_grad_(value.requires_grad)
 
-    return tuple(copy(value) for value in args)
+    copies = tuple(copy(value) for value in args)
+    storages.clear()  # `copy` names itself, so it lives until the next garbage collection, and what it names with it
+    return copies
 
 
 def tensors_of(value: Any) -> list[torch.Tensor]:

@@ -14,6 +14,7 @@ ORDER = (
     "fake",
     "symbolic",
     "repeat",
+    "modes",
     "compile",
     "gradients",
     "vmap",
@@ -28,9 +29,14 @@ class Tally:
         self.passed: dict[str, int] = {}
         self.found: dict[str, list[tuple[str, str]]] = {}
         self.skipped: dict[str, str] = {}
+        self.by_input: dict[tuple[str, int], list[str]] = {}  # (check, number of the input) -> what was found
 
     def record(self, check: str, where: str, problem: str | None) -> None:
         if problem is None:
             self.passed[check] = self.passed.get(check, 0) + 1
         else:
             self.found.setdefault(check, []).append((where, problem))
+        if where.startswith("input "):
+            found = self.by_input.setdefault((check, int(where.split()[1].rstrip(","))), [])
+            if problem is not None:
+                found.append(f"{where}: {problem}")

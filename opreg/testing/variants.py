@@ -116,8 +116,51 @@ def _integers(op: Op[Any, Any]) -> set[str]:
     return {arg.name for arg in op.spec.args if arg.type in ("SymInt", "SymInt?")}
 
 
+def options(op: Op[Any, Any], call: Call) -> Iterator[Call]:
+    """`call` with one option changed: each flag and choice, and each number with a default where no inputs say more."""
+    for index, (arg, value) in enumerate(zip(op.spec.args, call.args, strict=True)):
+        if arg.default is _required() or arg.layer or tensors_of(value):
+            continue
+        others: tuple[Any, ...] = ()
+        if arg.choices is not None:
+            others = tuple(choice for choice in arg.choices if choice != value)
+        elif isinstance(value, bool):
+            others = (not value,)
+        elif op.inputs is None and isinstance(value, float):
+            others = (value * 0.5 + 0.25,)
+        elif op.inputs is None and isinstance(value, int):
+            others = (value + 1,)
+        for other in others:
+            args = (*call.args[:index], other, *call.args[index + 1 :])
+            yield replace(call, label=f"{call.label}, {arg.name}={other!r}", args=args, registered=False)
+
+
+def extremes(op: Op[Any, Any], call: Call) -> Iterator[Call]:
+    """`call` with the first row of what is only read zero (padding), and with all of it a hundred times as large."""
+    for what, edit in {"a row of zeros": _first_row_zero, "large values": _large}.items():
+        args = tuple(
+            value if arg.layer or arg.mutated else _map(value, edit)
+            for arg, value in zip(op.spec.args, call.args, strict=True)
+        )
+        yield replace(call, label=f"{call.label}, {what}", args=args, registered=False)
+
+
+def _large(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor * 100 if tensor.is_floating_point() else tensor
+
+
+def _first_row_zero(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.dim() < 2 or not tensor.is_floating_point():
+        return tensor
+    tensor = tensor.clone()
+    tensor[:1] = 0
+    return tensor
+
+
 def _cut(arg: ArgSpec, value: Any, sizes: dict[str, Any]) -> Any:
     shape = arg.shape
+    if isinstance(value, (list, tuple)):
+        return type(value)(_cut(arg, item, sizes) for item in value)
     if shape is None or not isinstance(value, torch.Tensor):
         return value
     cut, index = value.detach(), 0
@@ -140,16 +183,15 @@ def from_contract(op: Op[Any, Any], device: str, dtype: torch.dtype, seed: int) 
     """Calls for an op without register_inputs, from its shape contract alone; nothing where a tensor has none.
 
     Names get small distinct sizes, floats are normal, integers are 0 or 1 (valid indices of nearly anything), optional
-    arguments are once left out and once given.
+    arguments are once left out and once given. The last call is ragged: more rows than a block, a prime number of
+    columns; an op that asks for even sizes need not take it.
     """
     generator = torch.Generator().manual_seed(seed)
-    for round_, optional in enumerate((True, False)):
-        args = _make(
-            op, device, dtype, generator, optional, (5, 4, 8, 3, 2, 6, 7) if round_ == 0 else (3, 8, 4, 2, 6, 5, 9)
-        )
+    for round_, numbers in enumerate(((5, 4, 8, 3, 2, 6, 7), (3, 8, 4, 2, 6, 5, 9), (131, 13, 11, 7, 5, 3, 2))):
+        args = _make(op, device, dtype, generator, round_ != 1, numbers)
         if args is None:
             return
-        yield Call(f"input {round_}", args)
+        yield Call(f"input {round_}", args, certain=round_ < 2)
 
 
 def _make(
@@ -193,7 +235,9 @@ def _make(
         elif arg.choices is not None:
             made.append(arg.choices[0])
         else:
-            value = {"SymInt": sizes.get(arg.name), "float": 0.5, "bool": True, "SymInt[]": [1]}.get(arg.type)
+            seeded = torch.Generator(device).manual_seed(0) if arg.type == "Generator" else None
+            known = {"SymInt": sizes.get(arg.name), "float": 0.5, "bool": True, "SymInt[]": [1], "Generator": seeded}
+            value = known.get(arg.type)
             if value is None and not arg.optional:
                 return None
             made.append(value)

@@ -3,11 +3,17 @@
 import warnings
 
 from .case import Case, findings, opcheck_finds
+from .formulas import CASES as FORMULAS
 from .kernels import CASES as KERNELS
+from .memory import CASES as MEMORY
+from .process import CASES as PROCESS
 from .shapes import CASES as SHAPES
+from .values import CASES as VALUES
 from .writes import CASES as WRITES
 
-CASES: tuple[Case, ...] = tuple(sorted((*WRITES, *SHAPES, *KERNELS), key=lambda case: case.hazard))
+CASES: tuple[Case, ...] = tuple(
+    sorted((*WRITES, *MEMORY, *PROCESS, *SHAPES, *FORMULAS, *KERNELS, *VALUES), key=lambda case: case.hazard)
+)
 
 
 def table(namespace: str) -> list[str]:

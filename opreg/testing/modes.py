@@ -1,0 +1,73 @@
+"""The same call in the modes that callers use: inference mode, and with inputs that require gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from ..op import Op
+from .compare import difference
+from .eager import Crashed, Outcome, Refused, run
+from .samples import Call, tensors_of
+
+
+def check_modes(op: Op[Any, Any], call: Call) -> Iterator[str]:
+    """How the op's results differ between no_grad, inference mode and a call of which gradients are wanted."""
+    try:
+        expected = run(op, op.function, call)
+    except (Refused, Crashed):
+        return  # reported by the other checks
+    for tensor in expected.results:
+        if tensor.requires_grad:
+            yield "a result requires gradients under no_grad; return it detached"
+            return
+        if type(tensor) is not torch.Tensor:
+            yield f"a result is a {type(tensor).__name__}; return a plain torch.Tensor"
+            return
+    with torch.inference_mode():
+        # Made in here, so that they are tensors of inference mode, as a model's are.
+        yield from _differs(op, call, call.fresh(), torch.inference_mode(), expected, "in inference mode", True)
+    given = _wanting(op, call)
+    if given is not None:
+        # An op without a formula may well fail there (numpy(), out=): the caller sees that. Other numbers he does not.
+        yield from _differs(op, call, given, torch.enable_grad(), expected, "where inputs require gradients", False)
+
+
+def _wanting(op: Op[Any, Any], call: Call) -> tuple[Any, ...] | None:
+    """The call with gradients wanted of everything that is only read; None if nothing can have a gradient."""
+    args, found = call.fresh(), False
+    if op.spec.mutates:
+        return None  # what writes its arguments is no function that has gradients
+    for arg, value in zip(op.spec.args, args, strict=True):
+        if arg.layer or arg.mutated:
+            continue
+        for tensor in tensors_of(value):
+            if tensor.is_floating_point() or tensor.is_complex():
+                tensor.requires_grad_()
+                found = True
+    return args if found else None
+
+
+def _differs(
+    op: Op[Any, Any],
+    call: Call,
+    args: tuple[Any, ...],
+    mode: AbstractContextManager[Any],
+    expected: Outcome,
+    what: str,
+    loud: bool,
+) -> Iterator[str]:
+    try:
+        actual = run(op, op.function, call, args, mode)
+    except (Refused, Crashed) as error:
+        if loud:
+            yield f"{what} it {'refuses: ' if isinstance(error, Refused) else ''}{error}"
+        return
+    if torch.Tag.nondeterministic_seeded in op.spec.tags:
+        return
+    found = difference(expected.all, actual.all, 0.0)
+    if found is not None:
+        yield f"{what} the results are others: {found}"

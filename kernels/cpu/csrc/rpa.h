@@ -39,10 +39,17 @@ struct RpaUnit {
   double cost;
 };
 
+// A unit and its tile; `unit` is null where there is none.
+struct RpaWork {
+  const RpaTile* tile;
+  const RpaUnit* unit;
+};
+
 // Partial results of a unit: per row (head-major, then query row, then head of the group) maximum, sum, and `padded`
 // accumulators.
 struct RpaKernels {
-  void (*run)(const RpaArgs&, const RpaTile&, const RpaUnit&, float* partial);
+  // `then` is what the same thread does next: its cache rows are asked for before they are needed.
+  void (*run)(const RpaArgs&, const RpaTile&, const RpaUnit&, float* partial, const RpaWork& then);
   void (*merge)(const RpaArgs&, const RpaTile&, float* const* partials);
   int32_t width;  // of a vector, in floats: head_dim is padded to a multiple of it
 };

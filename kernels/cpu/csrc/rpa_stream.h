@@ -242,8 +242,18 @@ inline void widen_rows(const RpaArgs& a, const char* const* rows, int count, int
   }
 }
 
+inline int64_t rows_of(const RpaArgs& a, const RpaTile& t) { return t.rows * (a.q_heads / a.kv_heads); }
+
+// Addresses of the first block of what this thread does next, if that streams, too: nothing else would ask for them ahead.
+inline int first_rows(const RpaArgs& a, const RpaWork& then, int64_t item, const char** to) {
+  if (then.unit == nullptr || rows_of(a, *then.tile) > RPA_STREAM_ROWS) return 0;
+  const int count = int(lesser(BN, then.unit->kv1 - then.unit->kv0));
+  row_addresses(a, Sequence(a, then.tile->seq), then.unit->kv0, count, item, to);
+  return count;
+}
+
 template <int KT, int GT, bool PAIRS>
-void stream_unit(const RpaArgs& a, const RpaTile& t, const RpaUnit& u, float* partial) {
+void stream_unit(const RpaArgs& a, const RpaTile& t, const RpaUnit& u, float* partial, const RpaWork& then) {
   static thread_local Scratch scratch;
   const Sequence s(a, t.seq);
   const Logit logit(a);
@@ -284,8 +294,9 @@ void stream_unit(const RpaArgs& a, const RpaTile& t, const RpaUnit& u, float* pa
   for (int64_t position = u.kv0; position < u.kv1; position += BN) {
     count = int(lesser(BN, u.kv1 - position));
     std::memcpy(rows, next, sizeof(rows));
-    const int ahead = int(greater(0, lesser(BN, u.kv1 - position - BN)));
+    int ahead = int(greater(0, lesser(BN, u.kv1 - position - BN)));
     if (ahead > 0) row_addresses(a, s, position + BN, ahead, item, next);
+    if (ahead == 0) ahead = first_rows(a, then, item, next);
     for (int64_t h = 0; h < t.heads; ++h) {
       for (int n = 0; n < count; ++n) {
         k[n] = rows[n] + 2 * (t.head0 + h) * a.kv_head * item;

@@ -2,6 +2,9 @@
 #pragma once
 #include <cstdint>
 
+// For what GCC would call although its arguments are in registers: 6% of a decode step.
+#define INLINE __attribute__((always_inline)) inline
+
 enum RpaType : int32_t { RPA_F32, RPA_BF16, RPA_F16, RPA_E4M3, RPA_E5M2, RPA_I8 };
 
 // Mirrored field by field in rpa_cpp.py. Strides are in elements; the last dimension of q, out and kv is contiguous.

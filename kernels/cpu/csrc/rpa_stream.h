@@ -169,20 +169,22 @@ INLINE float stream_softmax(float* scores, int count, const Logit& logit, int fi
   vf high = vset(*top);
   for (int j = 0; j < used; ++j) {
     x[j] = vlogit(vload(scores + j * W), vset(logit.by), logit.capped, vset(logit.cap));
-    x[j] = vkeep(x[j], first - j * W, last - j * W);
+    if (first > 0 || last < used * W - 1) x[j] = vkeep(x[j], first - j * W, last - j * W);
     high = vmax(high, x[j]);
   }
   const float now = vhmax(high);
+  // Not exp2f: a call would write every vector register to memory.
+  alignas(64) float alpha[W];
+  vstore(alpha, vexp2(vset(*top - now)));
   vf total = vzero();
   for (int j = 0; j < used; ++j) {
     x[j] = vexp2(vsub(x[j], vset(now)));
     total = vadd(total, x[j]);
     vstore(scores + j * W, x[j]);
   }
-  const float alpha = __builtin_exp2f(*top - now);
   *top = now;
-  *sum = *sum * alpha + vhsum(total);
-  return alpha;
+  *sum = *sum * alpha[0] + vhsum(total);
+  return alpha[0];
 }
 
 struct StreamTile {

@@ -201,7 +201,11 @@ def attend(
     cache = check_call(op, *arguments, **options._asdict())
     if q.stride(2) != 1:
         q = q.contiguous()
-    kv_lens, cu_q_lens = kv_lens.contiguous(), cu_q_lens.contiguous()
+    # Asking for a stride is cheaper than contiguous(), which goes through the dispatcher.
+    if kv_lens.stride(0) != 1:
+        kv_lens = kv_lens.contiguous()
+    if cu_q_lens.stride(0) != 1:
+        cu_q_lens = cu_q_lens.contiguous()
     if page_indices.stride(1) != 1:
         page_indices = page_indices.contiguous()
     sinks = None if options.sinks is None else options.sinks.to(torch.float32).contiguous()

@@ -171,10 +171,13 @@ extern "C" int32_t rpa_attention(const RpaArgs* args, const RpaWriteArgs* step) 
   const int threads = int(std::max<int64_t>(1, std::min<int64_t>(a.threads, units)));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    for (int64_t i = next++; i < units; i = next++) {
+    for (int64_t i = next++, soon = 0; i < units; i = soon) {
       const RpaUnit& unit = plan.units[i];
       const RpaTile& tile = plan.tiles[unit.tile];
-      kernels.run(a, tile, unit, tile.parts == 1 ? nullptr : base + room[unit.part]);
+      soon = next++;
+      const RpaUnit* after = soon < units ? &plan.units[soon] : nullptr;
+      const RpaWork then{after == nullptr ? nullptr : &plan.tiles[after->tile], after};
+      kernels.run(a, tile, unit, tile.parts == 1 ? nullptr : base + room[unit.part], then);
     }
     if (!merges.empty()) {
 #pragma omp barrier

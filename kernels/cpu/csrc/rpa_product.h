@@ -236,36 +236,36 @@ void product_unit(const RpaArgs& a, const RpaTile& t, const RpaUnit& u, float* p
 }
 
 template <int KT, bool PAIRS>
-void run_stream(const RpaArgs& a, const RpaTile& t, const RpaUnit& u, float* partial) {
-  const int64_t rows = t.rows * (a.q_heads / a.kv_heads);
-  if (rows == 1) return stream_unit<KT, 1, PAIRS>(a, t, u, partial);
-  if (rows == 2) return stream_unit<KT, 2, PAIRS>(a, t, u, partial);
-  return stream_unit<KT, 4, PAIRS>(a, t, u, partial);
+void run_stream(const RpaArgs& a, const RpaTile& t, const RpaUnit& u, float* partial, const RpaWork& then) {
+  const int64_t rows = rows_of(a, t);
+  if (rows == 1) return stream_unit<KT, 1, PAIRS>(a, t, u, partial, then);
+  if (rows == 2) return stream_unit<KT, 2, PAIRS>(a, t, u, partial, then);
+  return stream_unit<KT, 4, PAIRS>(a, t, u, partial, then);
 }
 
 template <int KT>
-void run_type(const RpaArgs& a, const RpaTile& t, const RpaUnit& u, float* partial) {
-  const int64_t rows = t.rows * (a.q_heads / a.kv_heads);
+void run_type(const RpaArgs& a, const RpaTile& t, const RpaUnit& u, float* partial, const RpaWork& then) {
+  const int64_t rows = rows_of(a, t);
 #ifdef RPA_PAIRS
   if constexpr (KT != RPA_F32 && KT != RPA_F16) {
     if (a.q_type == RPA_BF16) {
       if (rows > RPA_STREAM_ROWS) return product_unit<OpPairs, KT>(a, t, u, partial);
-      if (a.head_dim % (4 * W) == 0) return run_stream<KT, true>(a, t, u, partial);
+      if (a.head_dim % (4 * W) == 0) return run_stream<KT, true>(a, t, u, partial, then);
     }
   }
 #endif
-  if (rows <= RPA_STREAM_ROWS) return run_stream<KT, false>(a, t, u, partial);
+  if (rows <= RPA_STREAM_ROWS) return run_stream<KT, false>(a, t, u, partial, then);
   product_unit<OpFloat, KT>(a, t, u, partial);
 }
 
-void run_unit(const RpaArgs& a, const RpaTile& t, const RpaUnit& u, float* partial) {
+void run_unit(const RpaArgs& a, const RpaTile& t, const RpaUnit& u, float* partial, const RpaWork& then) {
   switch (a.kv_type) {
-    case RPA_F32: return run_type<RPA_F32>(a, t, u, partial);
-    case RPA_BF16: return run_type<RPA_BF16>(a, t, u, partial);
-    case RPA_F16: return run_type<RPA_F16>(a, t, u, partial);
-    case RPA_E4M3: return run_type<RPA_E4M3>(a, t, u, partial);
-    case RPA_E5M2: return run_type<RPA_E5M2>(a, t, u, partial);
-    default: return run_type<RPA_I8>(a, t, u, partial);
+    case RPA_F32: return run_type<RPA_F32>(a, t, u, partial, then);
+    case RPA_BF16: return run_type<RPA_BF16>(a, t, u, partial, then);
+    case RPA_F16: return run_type<RPA_F16>(a, t, u, partial, then);
+    case RPA_E4M3: return run_type<RPA_E4M3>(a, t, u, partial, then);
+    case RPA_E5M2: return run_type<RPA_E5M2>(a, t, u, partial, then);
+    default: return run_type<RPA_I8>(a, t, u, partial, then);
   }
 }
 

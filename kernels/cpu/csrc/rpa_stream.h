@@ -10,20 +10,27 @@ constexpr int BN = 32;  // positions per block
 
 // Head h's share of the next block, asked for a few lines at a time while h is computed: a burst would fill the queue of
 // outstanding loads and hold everything up. In the order in which it lies in memory, which sets off the processor's own
-// prefetcher, too.
+// prefetcher, too. Into the second-level cache and every line: into the first it costs a third more time, and so does
+// leaving every other line to the processor.
 struct Ahead {
   const char* const* rows;
   int64_t row, first, last;    // rows first..last
   int64_t at, from, to, next;  // bytes from..to of each; then, unless next is negative, as many from `next` on
+  // Four lines at a time, since counting single ones takes as long as asking for them.
   void fetch(int lines) {
-    for (; lines > 0; --lines) {
+    for (; lines > 0; lines -= 4) {
       if (row >= last) {
         if (next < 0) return;
         row = first, to += next - from, from = at = next, next = -1;
         if (row >= last) return;
       }
-      prefetch(rows[row] + at);
-      at += 64;
+      const char* line = rows[row] + at;
+      at += 256;
+      if (at <= to) {
+        prefetch(line), prefetch(line + 64), prefetch(line + 128), prefetch(line + 192);
+      } else {
+        for (int64_t left = to + 256 - at; left > 0; left -= 64, line += 64) prefetch(line);
+      }
       if (at >= to) at = from, ++row;
     }
   }
@@ -155,27 +162,29 @@ inline void stream_values(const char* const* v, int count, const float* weights,
 }
 
 // One query row's block: scores become weights in place, top and sum move on; returns what earlier sums are worth now.
-inline float stream_softmax(float* scores, int count, const Logit& logit, int first, int last, float* top, float* sum) {
+INLINE float stream_softmax(float* scores, int count, const Logit& logit, int first, int last, float* top, float* sum) {
   constexpr int vectors = BN / W;
   const int used = (count + W - 1) / W;
   vf x[vectors];
   vf high = vset(*top);
   for (int j = 0; j < used; ++j) {
     x[j] = vlogit(vload(scores + j * W), vset(logit.by), logit.capped, vset(logit.cap));
-    x[j] = vkeep(x[j], first - j * W, last - j * W);
+    if (first > 0 || last < used * W - 1) x[j] = vkeep(x[j], first - j * W, last - j * W);
     high = vmax(high, x[j]);
   }
   const float now = vhmax(high);
+  // Not exp2f: a call would write every vector register to memory.
+  alignas(64) float alpha[W];
+  vstore(alpha, vexp2(vset(*top - now)));
   vf total = vzero();
   for (int j = 0; j < used; ++j) {
     x[j] = vexp2(vsub(x[j], vset(now)));
     total = vadd(total, x[j]);
     vstore(scores + j * W, x[j]);
   }
-  const float alpha = __builtin_exp2f(*top - now);
   *top = now;
-  *sum = *sum * alpha + vhsum(total);
-  return alpha;
+  *sum = *sum * alpha[0] + vhsum(total);
+  return alpha[0];
 }
 
 struct StreamTile {
@@ -242,8 +251,18 @@ inline void widen_rows(const RpaArgs& a, const char* const* rows, int count, int
   }
 }
 
+inline int64_t rows_of(const RpaArgs& a, const RpaTile& t) { return t.rows * (a.q_heads / a.kv_heads); }
+
+// Addresses of the first block of what this thread does next, if that streams, too: nothing else would ask for them ahead.
+inline int first_rows(const RpaArgs& a, const RpaWork& then, int64_t item, const char** to) {
+  if (then.unit == nullptr || rows_of(a, *then.tile) > RPA_STREAM_ROWS) return 0;
+  const int count = int(lesser(BN, then.unit->kv1 - then.unit->kv0));
+  row_addresses(a, Sequence(a, then.tile->seq), then.unit->kv0, count, item, to);
+  return count;
+}
+
 template <int KT, int GT, bool PAIRS>
-void stream_unit(const RpaArgs& a, const RpaTile& t, const RpaUnit& u, float* partial) {
+void stream_unit(const RpaArgs& a, const RpaTile& t, const RpaUnit& u, float* partial, const RpaWork& then) {
   static thread_local Scratch scratch;
   const Sequence s(a, t.seq);
   const Logit logit(a);
@@ -284,8 +303,9 @@ void stream_unit(const RpaArgs& a, const RpaTile& t, const RpaUnit& u, float* pa
   for (int64_t position = u.kv0; position < u.kv1; position += BN) {
     count = int(lesser(BN, u.kv1 - position));
     std::memcpy(rows, next, sizeof(rows));
-    const int ahead = int(greater(0, lesser(BN, u.kv1 - position - BN)));
+    int ahead = int(greater(0, lesser(BN, u.kv1 - position - BN)));
     if (ahead > 0) row_addresses(a, s, position + BN, ahead, item, next);
+    if (ahead == 0) ahead = first_rows(a, then, item, next);
     for (int64_t h = 0; h < t.heads; ++h) {
       for (int n = 0; n < count; ++n) {
         k[n] = rows[n] + 2 * (t.head0 + h) * a.kv_head * item;

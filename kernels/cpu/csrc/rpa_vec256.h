@@ -124,7 +124,7 @@ inline void vtranspose(vf* r) {
 }
 
 // Lane i of the result is the sum of the lanes of r[i].
-inline vf vsums(vf* r) {
+INLINE vf vsums(vf* r) {
   const vf a = _mm256_hadd_ps(_mm256_hadd_ps(r[0], r[1]), _mm256_hadd_ps(r[2], r[3]));
   const vf b = _mm256_hadd_ps(_mm256_hadd_ps(r[4], r[5]), _mm256_hadd_ps(r[6], r[7]));
   return vadd(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));

@@ -120,7 +120,7 @@ inline void vtranspose(vf* r) {
 }
 
 // Lane i of the result is the sum of the lanes of r[i].
-inline vf vsums(vf* r) {
+INLINE vf vsums(vf* r) {
   for (int i = 0; i < 8; ++i) {
     const vf a = r[2 * i], b = r[2 * i + 1];
     r[i] = vadd(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));

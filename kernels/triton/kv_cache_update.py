@@ -1,6 +1,7 @@
 """Writing a step's K and V into a paged cache in Triton, for cuda and xpu: one program per token and block of heads."""
 
 from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -259,26 +260,8 @@ def kv_cache_update(
     and stops the kernel with TRITON_DEBUG=1.
     """
     sizes = check_update_call(OP, k, v, kv_pages, slot_mapping, kv_layout=kv_layout, k_scale=k_scale, v_scale=v_scale)
-    k, v = rows_contiguous(k), rows_contiguous(v)
-    if k.numel() == 0:
-        return
-    write_slots[grid(k, sizes)](
-        k,
-        v,
-        kv_pages,
-        slot_mapping,
-        sizes.pages * sizes.page_size,
-        slot_mapping.stride(0),
-        1.0 if k_scale is None else k_scale,
-        1.0 if v_scale is None else v_scale,
-        *k.stride()[:2],
-        *v.stride()[:2],
-        *cache_strides(kv_pages, kv_layout),
-        PAGE_SIZE=sizes.page_size,
-        K_SCALED=k_scale is not None,
-        V_SCALED=v_scale is not None,
-        **blocks(sizes),
-    )
+    index = (slot_mapping, sizes.pages * sizes.page_size, slot_mapping.stride(0))
+    launch_write(write_slots, k, v, kv_pages, index, sizes, kv_layout, k_scale, v_scale)
 
 
 def launch_step_write(
@@ -295,32 +278,9 @@ def launch_step_write(
     v_scale: float | None,
 ) -> None:
     """Write K and V of a step; index tensors are contiguous, page_indices along its rows."""
-    k, v = rows_contiguous(k), rows_contiguous(v)
-    if k.numel() == 0:
-        return
-    write_step[grid(k, sizes)](
-        k,
-        v,
-        kv_pages,
-        kv_lens,
-        page_indices,
-        cu_q_lens,
-        num_seqs,
-        k.shape[0],
-        kv_lens.shape[0],
-        page_indices.stride(0),
-        page_indices.shape[1],
-        sizes.pages,
-        1.0 if k_scale is None else k_scale,
-        1.0 if v_scale is None else v_scale,
-        *k.stride()[:2],
-        *v.stride()[:2],
-        *cache_strides(kv_pages, kv_layout),
-        PAGE_SIZE=sizes.page_size,
-        K_SCALED=k_scale is not None,
-        V_SCALED=v_scale is not None,
-        **blocks(sizes),
-    )
+    table_row, columns = page_indices.stride(0), page_indices.shape[1]
+    index = (kv_lens, page_indices, cu_q_lens, num_seqs, k.shape[0], kv_lens.shape[0], table_row, columns, sizes.pages)
+    launch_write(write_step, k, v, kv_pages, index, sizes, kv_layout, k_scale, v_scale)
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
@@ -334,20 +294,55 @@ def cache_strides(kv_pages: Tensor, kv_layout: str) -> tuple[int, int, int]:
     return (page, second, third) if kv_layout == "NHD" else (page, third, second)
 
 
-def blocks(sizes: CacheShape) -> dict[str, int]:
-    """Heads and the elements of a head in one program, and its warps: 16 elements of K to a thread."""
-    block_d = triton.next_power_of_2(sizes.head_dim)
-    block_h = min(triton.next_power_of_2(sizes.heads), max(1, ELEMENTS // block_d))
-    warps = min(max(block_h * block_d // 512, 1), 4)
-    return {
-        "HEADS": sizes.heads,
-        "HEAD_DIM": sizes.head_dim,
-        "BLOCK_H": block_h,
-        "BLOCK_D": block_d,
-        "num_warps": warps,
-    }
+class Blocks(NamedTuple):
+    """What one program moves."""
+
+    heads: int
+    elements: int
+    """Of a head, a power of two."""
+    warps: int
 
 
-def grid(k: Tensor, sizes: CacheShape) -> tuple[int, int]:
-    """One program per token and block of heads."""
-    return k.shape[0], -(-sizes.heads // blocks(sizes)["BLOCK_H"])
+@cache
+def blocks(heads: int, head_dim: int) -> Blocks:
+    """A whole token where it has no more than ELEMENTS, with 16 elements of K and 16 of V to a thread."""
+    elements = 1 << (head_dim - 1).bit_length()
+    some = min(1 << (heads - 1).bit_length(), max(1, ELEMENTS // elements))
+    return Blocks(some, elements, min(max(some * elements // 512, 1), 4))
+
+
+def launch_write(
+    kernel: Any,
+    k: Tensor,
+    v: Tensor,
+    kv_pages: Tensor,
+    index: tuple[Tensor | int, ...],
+    sizes: CacheShape,
+    kv_layout: str,
+    k_scale: float | None,
+    v_scale: float | None,
+) -> None:
+    """One of the two kernels above; `index` is what it takes between kv and the scales."""
+    k, v = rows_contiguous(k), rows_contiguous(v)
+    if k.numel() == 0:
+        return
+    block = blocks(sizes.heads, sizes.head_dim)
+    kernel[(k.shape[0], -(-sizes.heads // block.heads))](
+        k,
+        v,
+        kv_pages,
+        *index,
+        1.0 if k_scale is None else k_scale,
+        1.0 if v_scale is None else v_scale,
+        *k.stride()[:2],
+        *v.stride()[:2],
+        *cache_strides(kv_pages, kv_layout),
+        PAGE_SIZE=sizes.page_size,
+        HEADS=sizes.heads,
+        HEAD_DIM=sizes.head_dim,
+        K_SCALED=k_scale is not None,
+        V_SCALED=v_scale is not None,
+        BLOCK_H=block.heads,
+        BLOCK_D=block.elements,
+        num_warps=block.warps,
+    )

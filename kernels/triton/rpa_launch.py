@@ -1,10 +1,10 @@
 """What to launch for a call of ragged paged attention: tiles, blocks and KV splits, all from shapes and the device."""
 
-from functools import cache
+from collections.abc import Iterable
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -19,6 +19,12 @@ LARGEST_HEAD_DIM = 256
 MIN_TILES = 2
 """KV tiles that a split is given at least, where a sequence has them: a program costs about as much as one tile."""
 MOST_SPLITS = 64
+PROGRAMS_PER_CORE = 6
+"""Two rounds of the three decode programs that an H100 holds per core: more splits than one round needs, because the
+sequences of a batch differ in length and a program without work ends at once."""
+FEW_TOKENS = 4
+"""Query tokens of a sequence that a decode block has rows for, where a batch has more rows than sequences (drafts)."""
+MOST_DECODE_ROWS = 64
 
 ROOMY = 200 * 1024
 """Shared memory from which tiles are those of an H100 (227 KiB), not of an A100 (163 KiB) or a desktop GPU (99 KiB)."""
@@ -87,35 +93,41 @@ def device_facts(device: torch.device) -> Device:
 
 def dot_dtype(q: torch.dtype, kv: torch.dtype) -> torch.dtype:
     """The type in which q, K and V are multiplied: it holds every value of all three."""
-    return q if kv.itemsize == 1 else torch.promote_types(q, kv)
+    return q if kv.itemsize == 1 or kv == q else torch.promote_types(q, kv)
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is n or more (triton.next_power_of_2 takes microseconds)."""
+    return 1 << (n - 1).bit_length()
 
 
 def prefill_tiles(group: int, block_d: int, itemsize: int, shared_bytes: int) -> Tiles:
     """Tiles for long query blocks: the largest of which ptxas spills no register (tests/lanes/triton compiles them)."""
     if itemsize == 4:  # no tensor core multiplies float32 exactly
-        return Tiles(max(32, triton.next_power_of_2(group)), 16, 8, 2)
+        return Tiles(max(32, power_of_two(group)), 16, 8, 2)
     roomy = shared_bytes >= ROOMY
     tiles = Tiles(64, 64 if roomy else 32, 8, 2) if block_d > 128 else Tiles(128, 64, 8, 3 if roomy else 2)
-    return tiles._replace(rows=max(tiles.rows, triton.next_power_of_2(group)))
+    return tiles._replace(rows=max(tiles.rows, power_of_two(group)))
 
 
-def decode_tiles(group: int, block_d: int, itemsize: int, shared_bytes: int) -> Tiles:
-    """Tiles for a few query tokens: 16 rows, the fewest that a matrix instruction takes, and a deep pipeline of loads.
+def decode_tiles(rows: int, block_d: int, itemsize: int, shared_bytes: int) -> Tiles:
+    """Tiles for `rows` rows: 16 at least, the fewest that a matrix instruction takes, and a deep pipeline of loads.
 
     The page number comes first and takes half of the stages: with 5 of them two tiles of K and V are on their way.
     """
-    rows = max(16, triton.next_power_of_2(group))
+    rows = max(16, power_of_two(rows))
     if itemsize == 4:
         return Tiles(rows, 16, 4, 2)
     return Tiles(rows, 32 if block_d > 128 else 64, 4, 5 if shared_bytes >= ROOMY else 3)
 
 
 def count_splits(programs: int, longest: int, positions: int, cores: int) -> int:
-    """Parts to cut every sequence's KV into, so that `programs` of them give each core two programs."""
+    """Parts to cut every sequence's KV into, so that no more than PROGRAMS_PER_CORE of them fall to a core."""
     tiles = -(-longest // positions)
-    return max(1, min(-(-2 * cores // max(1, programs)), tiles // MIN_TILES, MOST_SPLITS))
+    return max(1, min(PROGRAMS_PER_CORE * cores // programs, tiles // MIN_TILES, MOST_SPLITS))
 
 
+@lru_cache(maxsize=4096)
 def plans(
     tokens: int,
     seqs: int,
@@ -123,26 +135,30 @@ def plans(
     window: int | None,
     heads: int,
     group: int,
-    decode: Tiles,
-    prefill: Tiles,
-    cores: int,
-) -> list[Plan]:
+    head_dim: int,
+    itemsize: int,
+    device: Device,
+) -> tuple[Plan, ...]:
     """The launches for a call of `tokens` rows and at most `seqs` sequences of at most `capacity` positions.
 
     How long each sequence is only the device knows. Where there are no more rows than sequences, decoding is what is
     likely, and one launch with small blocks takes every sequence; otherwise sequences with up to a small block of rows
-    go to one launch, with their KV split, and the others to a second one.
+    go to one launch, with their KV split, and the others to a second one. heads: kv heads. itemsize: of what is
+    multiplied.
     """
+    block_d = max(16, power_of_two(head_dim))
+    one_token = tokens <= seqs
+    rows = group if one_token else max(group, min(FEW_TOKENS * group, MOST_DECODE_ROWS))
+    decode = decode_tiles(rows, block_d, itemsize, device.shared_bytes)
+    prefill = prefill_tiles(group, block_d, itemsize, device.shared_bytes)
     small, large = decode.rows // group, prefill.rows // group
     longest = capacity if window is None else min(capacity, window + small + decode.positions)
     active = min(tokens, seqs)
-    splits = count_splits(active * heads, longest, decode.positions, cores)
-    if tokens <= max(seqs, small):
-        return [Plan(tokens // small + active + 1, small, True, 0, splits, decode)]
+    splits = count_splits(max(1, active) * heads, longest, decode.positions, device.cores)
+    if one_token or tokens <= small:
+        return (Plan(tokens // small + active + 1, small, True, 0, splits, decode),)
     long = Plan(tokens // large + active + 1, large, True, small, 1, prefill)
-    if seqs == 0:
-        return [long]
-    return [Plan(seqs, small, False, 0, splits, decode), long]
+    return (Plan(seqs, small, False, 0, splits, decode), long) if seqs else (long,)
 
 
 def launch(
@@ -155,7 +171,7 @@ def launch(
     options: Options,
     cache: CacheShape,
     with_lse: bool,
-    chosen: list[Plan] | None = None,
+    chosen: Iterable[Plan] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp (of no elements without `with_lse`). `chosen`: these launches instead of plans()."""
     tokens, query_heads, head_dim = q.shape
@@ -166,13 +182,10 @@ def launch(
         return out, lse
     group = query_heads // cache.heads
     dot = dot_dtype(q.dtype, kv_pages.dtype)
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    facts = device_facts(q.device)
     if chosen is None:
-        decode = decode_tiles(group, block_d, dot.itemsize, facts.shared_bytes)
-        prefill = prefill_tiles(group, block_d, dot.itemsize, facts.shared_bytes)
-        capacity = page_indices.shape[1] * cache.page_size
-        chosen = plans(tokens, seqs, capacity, options.sliding_window, cache.heads, group, decode, prefill, facts.cores)
+        capacity, window = page_indices.shape[1] * cache.page_size, options.sliding_window
+        facts = device_facts(q.device)
+        chosen = plans(tokens, seqs, capacity, window, cache.heads, group, head_dim, dot.itemsize, facts)
     q = rows_contiguous(q)
     sinks = None if options.sinks is None else options.sinks.contiguous()
     scale = options.sm_scale * (1.0 if options.k_scale is None else options.k_scale)
@@ -181,6 +194,10 @@ def launch(
         factors = (scale * LOG2E.value, 0.0, 0.0)
     else:
         factors = (1.0, 2.0 * LOG2E.value * scale / options.soft_cap, options.soft_cap * LOG2E.value)
+    strides = cache_strides(kv_pages, options.kv_layout)
+    q_token, q_head, _ = q.stride()
+    table_row = page_indices.stride(0)
+    block_d = max(16, power_of_two(head_dim))
     for plan in chosen:
         tiles = plan.tiles
         part = part_lse = lse  # not read unless split
@@ -205,11 +222,11 @@ def launch(
             tokens,
             seqs,
             options.sliding_window or 0,
-            page_indices.stride(0),
+            table_row,
             cache.pages,
-            q.stride(0),
-            q.stride(1),
-            *cache_strides(kv_pages, options.kv_layout),
+            q_token,
+            q_head,
+            *strides,
             GROUP=group,
             HEAD_DIM=head_dim,
             PAGE_SIZE=cache.page_size,
@@ -249,7 +266,7 @@ def launch(
                 BLOCK_M=tiles.rows,
                 BLOCK_D=block_d,
                 BLOCK_Q=plan.block_q,
-                BLOCK_S=triton.next_power_of_2(plan.splits),
+                BLOCK_S=power_of_two(plan.splits),
                 num_warps=4,
             )
     return out, lse

@@ -13,7 +13,6 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from opreg.kernels.reference.paged_attention_check import CacheShape
 from opreg.kernels.triton import kv_cache_update, rpa_kernels, rpa_launch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -64,22 +63,23 @@ def figures(name: str, made: Any, chip: int) -> dict[str, Any]:
 
 def attention(
     name: str,
-    decode: bool,
+    tokens: int,
+    seqs: int,
     *,
-    split: bool = False,
-    search: bool = True,
+    launch: int = 0,
     features: bool = False,
     q: str = "bf16",
     kv: str = "bf16",
+    heads: int = 8,
+    group: int = 4,
     head_dim: int = 128,
     page_size: int = 16,
     chip: int = 90,
-    group: int = 4,
 ) -> dict[str, Any]:
-    """llama-3-8b: 32/8 heads of 128, bf16, pages of 16, unless said otherwise."""
-    block_d, itemsize = max(16, triton.next_power_of_2(head_dim)), TYPES[q].primitive_bitwidth // 8
-    choose = rpa_launch.decode_tiles if decode else rpa_launch.prefill_tiles
-    tiles = choose(group, block_d, itemsize, SHARED_BYTES[chip])
+    """A launch that is planned for a batch: llama-3-8b, 32/8 heads of 128, bf16, pages of 16, unless said otherwise."""
+    device = rpa_launch.Device(132, SHARED_BYTES[chip])
+    itemsize = TYPES[q].primitive_bitwidth // 8
+    plan = rpa_launch.plans(tokens, seqs, 8192, None, heads, group, head_dim, itemsize, device)[launch]
     constants = {
         "GROUP": group,
         "HEAD_DIM": head_dim,
@@ -90,20 +90,19 @@ def attention(
         "CAPPED": features,
         "SINKS": features,
         "LSE": features,
-        "ANY": search,
-        "SKIP": 0 if decode else 4,
-        "SPLIT": split,
+        "ANY": plan.any_sequence,
+        "SKIP": plan.skip,
+        "SPLIT": plan.splits > 1,
         "MIN_TILES": rpa_launch.MIN_TILES,
-        "BLOCK_M": tiles.rows,
-        "BLOCK_N": tiles.positions,
-        "BLOCK_D": block_d,
-        "BLOCK_Q": tiles.rows // group,
+        "BLOCK_M": plan.tiles.rows,
+        "BLOCK_N": plan.tiles.positions,
+        "BLOCK_D": max(16, rpa_launch.power_of_two(head_dim)),
+        "BLOCK_Q": plan.block_q,
     }
     pointers = {"q": q, "out": q, "kv": kv, **dict.fromkeys(("lse", "part", "part_lse", "sinks"), "fp32")}
-    made = compiled(
-        rpa_kernels.attend_blocks, pointers, constants, chip, num_warps=tiles.warps, num_stages=tiles.stages
-    )
-    return figures(name, made, chip)
+    options = {"num_warps": plan.tiles.warps, "num_stages": plan.tiles.stages}
+    made = compiled(rpa_kernels.attend_blocks, pointers, constants, chip, **options)
+    return {**figures(name, made, chip), "splits": plan.splits, "rows": plan.tiles.rows}
 
 
 def merge(name: str) -> dict[str, Any]:
@@ -122,32 +121,44 @@ def merge(name: str) -> dict[str, Any]:
 
 
 def write(name: str, function: Any, kv: str, scaled: bool) -> dict[str, Any]:
-    constants = kv_cache_update.blocks(CacheShape(pages=1, page_size=16, heads=8, head_dim=128))
-    warps = constants.pop("num_warps")
-    constants |= {"PAGE_SIZE": 16, "K_SCALED": scaled, "V_SCALED": scaled}
+    block = kv_cache_update.blocks(8, 128)
+    constants = {
+        "PAGE_SIZE": 16,
+        "HEADS": 8,
+        "HEAD_DIM": 128,
+        "K_SCALED": scaled,
+        "V_SCALED": scaled,
+        "BLOCK_H": block.heads,
+        "BLOCK_D": block.elements,
+    }
     pointers = {"k": "bf16", "v": "bf16", "kv": kv, "slot_mapping": "i64"}
-    return figures(name, compiled(function, pointers, constants, 90, num_warps=warps), 90)
+    return figures(name, compiled(function, pointers, constants, 90, num_warps=block.warps), 90)
 
 
-json.dump(
-    [
-        attention("prefill", False),
-        attention("prefill with window, cap, sinks and lse", False, features=True),
-        attention("prefill, pages of 128", False, page_size=128),
-        attention("prefill, head_dim 256", False, head_dim=256),
-        attention("prefill, float32", False, q="fp32", kv="fp32"),
-        attention("prefill, A100", False, chip=80),
-        attention("decode, split", True, split=True),
-        attention(
-            "decode in a mixed batch, split, window, cap and sinks", True, split=True, search=False, features=True
-        ),
-        attention("decode, split, fp8 cache", True, split=True, kv="fp8e4nv"),
-        attention("decode, not split", True),
-        attention("decode, split, head_dim 256", True, split=True, head_dim=256),
-        attention("decode, split, float32", True, split=True, q="fp32", kv="fp32"),
+PREFILL = {"tokens": 2048, "seqs": 16, "launch": 1}
+DECODE = {"tokens": 16, "seqs": 16}
+
+
+def main() -> None:
+    everything = [
+        attention("prefill", **PREFILL),
+        attention("prefill with window, cap, sinks and lse", **PREFILL, features=True),
+        attention("prefill, pages of 128", **PREFILL, page_size=128),
+        attention("prefill, head_dim 256", **PREFILL, head_dim=256),
+        attention("prefill, float32", **PREFILL, q="fp32", kv="fp32"),
+        attention("prefill, A100", **PREFILL, chip=80),
+        attention("decode", **DECODE),
+        attention("decode of drafts, 64/8 heads, with window, cap and sinks", 64, 16, group=8, features=True),
+        attention("decode, fp8 cache", **DECODE, kv="fp8e4nv"),
+        attention("decode, no splits", 256, 256),
+        attention("decode, head_dim 256", **DECODE, head_dim=256),
+        attention("decode, float32", **DECODE, q="fp32", kv="fp32"),
         merge("merge"),
         write("kv_cache_update, fp8", kv_cache_update.write_slots, "fp8e4nv", True),
         write("fused write", kv_cache_update.write_step, "bf16", False),
-    ],
-    sys.stdout,
-)
+    ]
+    json.dump(everything, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -52,7 +52,7 @@ def test_many_heads_take_several_programs():
     k, v = new_rows(5, 20, 128, torch.bfloat16)
     got, want = (torch.zeros(2, 4, 40, 128, dtype=torch.bfloat16) for _ in range(2))
     slots = torch.tensor([7, 0, -1, 3, 2])
-    assert triton_update.grid(k, triton_update.CacheShape(2, 4, 20, 128)) == (5, 2)
+    assert triton_update.blocks(20, 128) == (16, 128, 4)
     triton_update.kv_cache_update(k, v, got, slots)
     reference.kv_cache_update(k, v, want, slots)
     assert torch.equal(bits(got), bits(want))

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import accumulate
 
 import pytest
 import torch
@@ -231,30 +230,3 @@ def test_mask_value_has_no_effect():
     batch = make_batch([(1, 9), (4, 4)])
     plain = rpa.ragged_paged_attention(*batch, sm_scale=0.25)
     assert torch.equal(plain, rpa.ragged_paged_attention(*batch, sm_scale=0.25, mask_value=-1e4))
-
-
-def test_plans_cover_what_shapes_allow():
-    decode, prefill = Tiles(16, 64, 4, 5), Tiles(128, 64, 8, 3)
-
-    def plans(tokens, seqs, capacity=8192, window=None, heads=8):
-        return rpa_launch.plans(tokens, seqs, capacity, window, heads, 4, decode, prefill, 132)
-
-    # A decode step: one launch of small blocks; few sequences are split more than many.
-    assert [p.skip for p in plans(64, 64)] == [0]
-    assert [plans(n, n)[0].splits for n in (1, 16, 64, 256)] == [33, 3, 1, 1]
-    # No more splits than a window, or the longest sequence, has tiles for.
-    assert plans(1, 1, window=256)[0].splits == 3
-    assert plans(1, 1, capacity=100)[0].splits == 1
-    # Padding of the sequence axis changes nothing: no more than `tokens` of them have rows.
-    assert plans(2, 1024) == plans(2, 2)
-    # Mixed: every sequence belongs to exactly one launch.
-    short, long = plans(2048, 64)
-    assert (short.any_sequence, short.blocks, short.block_q) == (False, 64, 4)
-    assert (long.any_sequence, long.skip, long.splits) == (True, short.block_q, 1)
-    # Blocks enough for every cut of the rows into sequences: partial blocks at each end, and padding.
-    for lengths in ([2048], [1] * 63, [33] * 62, [31, 1] * 32, [0, 5] * 32):
-        starts = [*accumulate(lengths, initial=0)]
-        rooms = [start // long.block_q + min(i, start) for i, start in enumerate(starts)]
-        tail = -(-(2048 - starts[-1]) // long.block_q)
-        assert all(b - a >= -(-n // long.block_q) for a, b, n in zip(rooms, rooms[1:], lengths, strict=False))
-        assert rooms[-1] + tail <= long.blocks

@@ -106,13 +106,14 @@ def test_nothing_accepted_goes_on_from_the_first_column() -> None:
 
 
 def with_checkpoints(call: dict[str, Any]) -> dict[str, Any]:
-    """Checkpoints in the token-by-token form and in chunks, one at each end, out of order, and one of a null slot."""
+    """Checkpoints in both forms, at both ends of a chunk and inside, out of order."""
     used = set(call["non_spec_state_indices_tensor"].tolist())
     spare = [s for s in range(9) if s not in used]
-    tokens = [5 + 99, 1, 5 + 1, 5 + 63, 3, 4, 5 + 20, 5 + 30]
-    # The fifth and sixth go to one slot, where the later token's state stays; the last is on the sequence's own slot.
     own = int(call["non_spec_state_indices_tensor"][1])
-    slots = [spare[0], spare[1], spare[2], spare[3], spare[4], spare[4], -1, own]
+    # Two to one slot, where the later token's state stays, in each form; one to a null slot, one to the sequence's own.
+    pairs = [(5 + 99, spare[0]), (1, spare[1]), (5 + 1, spare[2]), (5 + 63, spare[3]), (4, spare[4]), (3, spare[4])]
+    pairs += [(5 + 50, spare[5]), (5 + 40, spare[5]), (5 + 20, -1), (5 + 30, own)]
+    tokens, slots = zip(*pairs, strict=True)
     return {"checkpoint_token_indx": torch.tensor(tokens), "checkpoint_state_indices": torch.tensor(slots)}
 
 

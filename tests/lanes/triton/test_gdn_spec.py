@@ -195,6 +195,10 @@ def test_starts_and_rows_that_cannot_be_touch_nothing_outside(monkeypatch: pytes
     got = {**clone_call(call), "non_spec_token_indx": rows}
     gdn.gdn_attention(**got)
     assert not got["core_attn_out"][25].any()
+    got = {**clone_call(call), "non_spec_token_indx": torch.arange(40)}
+    gdn.gdn_attention(**got)
+    assert got["core_attn_out"][21:40].isnan().all()
+    assert not got["core_attn_out"][40:].any()
 
 
 def test_wrong_metadata_is_named_where_it_is_on_the_cpu() -> None:

@@ -201,17 +201,29 @@ def test_starts_and_rows_that_cannot_be_touch_nothing_outside(monkeypatch: pytes
     assert not got["core_attn_out"][40:].any()
 
 
-def test_wrong_metadata_is_named_where_it_is_on_the_cpu() -> None:
+VALUES = [
+    ({"non_spec_state_indices_tensor": torch.tensor([0, 77])}, r"non_spec_state_indices_tensor\[1\] is slot 77"),
+    ({"non_spec_state_indices_tensor": torch.tensor([1, 1])}, "which another sequence of this call writes too"),
+    ({"non_spec_query_start_loc": torch.tensor([0, 1, 9])}, "outside 0..3"),
+]
+SHAPES = [
+    ({"num_prefills": -1}, "num_prefills is -1"),
+    ({"has_initial_state": torch.zeros(2)}, "has_initial_state is torch.float32, expected torch.bool"),
+    ({"non_spec_state_indices_tensor": None}, "non_spec_state_indices_tensor is None"),
+    ({"non_spec_query_start_loc": torch.tensor([0, 3])}, r"non_spec_query_start_loc has shape \(2,\)"),
+    ({"non_spec_token_indx": torch.zeros(3)}, "non_spec_token_indx is torch.float32"),
+    ({"checkpoint_token_indx": torch.tensor([1])}, "must be given together"),
+    ({"num_spec_decodes": 1}, "spec_token_indx is None, but a batch of both kinds"),
+    ({"num_prefills": 0, "num_decodes": 0, "num_spec_decodes": 1}, "needs spec_query_start_loc"),
+]
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_wrong_metadata_is_named(monkeypatch: pytest.MonkeyPatch, on_gpu: bool) -> None:
+    """Its values where it is on the CPU, its shapes and types everywhere."""
+    if on_gpu:
+        unchecked(monkeypatch)
     call = make_call([1, 2], HEADS)
-    for change, message in (
-        ({"non_spec_state_indices_tensor": torch.tensor([0, 77])}, r"non_spec_state_indices_tensor\[1\] is slot 77"),
-        ({"non_spec_state_indices_tensor": torch.tensor([1, 1])}, "which another sequence of this call writes too"),
-        ({"non_spec_query_start_loc": torch.tensor([0, 1, 9])}, "outside 0..3"),
-        ({"num_prefills": -1}, "num_prefills is -1"),
-        ({"has_initial_state": torch.zeros(2)}, "has_initial_state is torch.float32, expected torch.bool"),
-        ({"non_spec_state_indices_tensor": None}, "non_spec_state_indices_tensor is None"),
-        ({"checkpoint_token_indx": torch.tensor([1])}, "must be given together"),
-        ({"num_spec_decodes": 1}, "spec_token_indx is None, but a batch of both kinds|needs spec_query_start_loc"),
-    ):
-        with pytest.raises(ValueError, match=f"opreg::gdn_attention: .*({message})"):
+    for change, message in SHAPES if on_gpu else [*VALUES, *SHAPES]:
+        with pytest.raises(ValueError, match=f"opreg::gdn_attention: .*{message}"):
             gdn.gdn_attention(**{**call, **change})

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .gdn_checks import check_checkpoints, check_index, check_initial, check_speculative
+from .gdn_checks import check_batch, check_checkpoints, check_index, check_plain, check_speculative
 from .gdn_checks import fail as fail
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -232,22 +232,18 @@ def sequences(
     checkpoint_state_indices: Tensor | None,
 ) -> list[Sequence]:
     """Check the values of the metadata and return the live sequences; empty and null ones are left out."""
-    counts = (("num_prefills", num_prefills), ("num_decodes", num_decodes), ("num_spec_decodes", num_spec_decodes))
-    for name, value in counts:
-        if value < 0:
-            fail(f"{name} is {value}, expected 0 or more")
+    check_batch(
+        num_prefills, num_decodes, num_spec_decodes, non_spec_token_indx, spec_token_indx, checkpoint_token_indx
+    )
     slots = _Slots(s.slots, null_slot)
     n = num_prefills + num_decodes
-    if n and num_spec_decodes and (non_spec_token_indx is None or spec_token_indx is None):
-        missing = "spec_token_indx" if spec_token_indx is None else "non_spec_token_indx"
-        fail(f"{missing} is None, but a batch of both kinds needs to know the rows of each")
     out: list[Sequence] = []
     if n:
         out += _non_spec(
             s,
             slots,
-            n,
             num_prefills,
+            num_decodes,
             has_initial_state,
             non_spec_query_start_loc,
             non_spec_token_indx,
@@ -255,8 +251,6 @@ def sequences(
             source_state_indices,
             _checkpoints(checkpoint_token_indx, checkpoint_state_indices),
         )
-    elif checkpoint_token_indx is not None and checkpoint_token_indx.numel():
-        fail("checkpoint_token_indx is given, but there is no sequence that is not speculative")
     if num_spec_decodes:
         given = (spec_query_start_loc, spec_token_indx, spec_state_indices_tensor, num_accepted_tokens)
         out += _spec(s, slots, num_spec_decodes, n, *given)
@@ -274,8 +268,8 @@ def sequences(
 def _non_spec(
     s: Sizes,
     slots: _Slots,
-    n: int,
     num_prefills: int,
+    num_decodes: int,
     has_initial_state: Tensor | None,
     query_start_loc: Tensor | None,
     token_indx: Tensor | None,
@@ -283,19 +277,19 @@ def _non_spec(
     source_state_indices: Tensor | None,
     checkpoints: list[tuple[int, int]],
 ) -> list[Sequence]:
-    both = f"num_prefills + num_decodes = {n}"
-    starts = _non_spec_starts(query_start_loc, n, num_prefills, both)
+    n = num_prefills + num_decodes
+    state_indices = check_plain(
+        num_prefills, num_decodes, query_start_loc, state_indices, source_state_indices, has_initial_state
+    )
+    starts: list[int] = list(range(n + 1)) if query_start_loc is None else query_start_loc[: n + 1].tolist()
     _starts("non_spec_query_start_loc", starts, s.actual, "num_actual_tokens")
     rows = _token_rows("non_spec_token_indx", token_indx, starts[-1], s.actual)
     name = "non_spec_state_indices_tensor"
-    if state_indices is None:
-        fail(f"{name} is None, expected one slot for each sequence ({both})")
-    index = integers(name, state_indices, n, f"one slot for each sequence ({both})")
+    index: list[int] = state_indices[:n].tolist()
     sources, source_name = index, name
     if source_state_indices is not None:
-        source_name = "source_state_indices"
-        sources = integers(source_name, source_state_indices, n, f"one slot for each sequence ({both})")
-    known = _has_initial(has_initial_state, n, both)
+        sources, source_name = source_state_indices[:n].tolist(), "source_state_indices"
+    known: list[bool] = [True] * n if has_initial_state is None else has_initial_state[:n].tolist()
     out: list[Sequence] = []
     for i, slot in enumerate(index):
         first, last = starts[i], starts[i + 1]
@@ -315,12 +309,8 @@ def _non_spec(
 
 
 def _checkpoints(tokens: Tensor | None, states: Tensor | None) -> list[tuple[int, int]]:
-    if tokens is None and states is None:
-        return []
-    tokens, states = check_checkpoints(tokens, states)
-    count = tokens.numel()
-    at = integers("checkpoint_token_indx", tokens, count, "the last token of each checkpoint")
-    return list(zip(at, integers("checkpoint_state_indices", states, count, "one slot for each"), strict=True))
+    given = check_checkpoints(tokens, states)
+    return [] if given is None else list(zip(given[0].tolist(), given[1].tolist(), strict=True))
 
 
 def _spec(
@@ -360,22 +350,4 @@ def _spec(
             if not slots.is_null(row[t])
         }
         out.append(Sequence(range(first, last) if rows is None else rows[first:last], source, writes, None))
-    return out
-
-
-def _non_spec_starts(t: Tensor | None, n: int, num_prefills: int, both: str) -> list[int]:
-    if t is not None:
-        return integers(
-            "non_spec_query_start_loc", t, n + 1, f"the first token of each sequence ({both}), then the end"
-        )
-    if num_prefills:
-        fail(f"non_spec_query_start_loc is None, which means one token a sequence, but num_prefills is {num_prefills}")
-    return list(range(n + 1))
-
-
-def _has_initial(t: Tensor | None, n: int, both: str) -> list[bool]:
-    if t is None:
-        return [True] * n
-    check_initial(t, n, both)
-    out: list[bool] = t[:n].tolist()
     return out

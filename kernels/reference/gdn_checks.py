@@ -23,18 +23,65 @@ def check_index(name: str, t: Tensor, count: int, per: str) -> None:
         fail(f"{name} has shape {tuple(t.shape)}, expected at least ({count},): {per}")
 
 
-def check_initial(t: Tensor, n: int, both: str) -> None:
-    """Fail unless it is a bool for each of n sequences."""
-    if t.dtype != torch.bool:
-        fail(f"has_initial_state is {t.dtype}, expected torch.bool")
-    if t.dim() != 1 or t.shape[0] < n:
-        fail(f"has_initial_state has shape {tuple(t.shape)}, expected at least ({n},): {both}")
+def check_batch(
+    num_prefills: int,
+    num_decodes: int,
+    num_spec_decodes: int,
+    non_spec_token_indx: Tensor | None,
+    spec_token_indx: Tensor | None,
+    checkpoint_token_indx: Tensor | None,
+) -> None:
+    """Fail unless the counts can be, and what goes with them is there."""
+    counts = (("num_prefills", num_prefills), ("num_decodes", num_decodes), ("num_spec_decodes", num_spec_decodes))
+    for name, value in counts:
+        if value < 0:
+            fail(f"{name} is {value}, expected 0 or more")
+    plain = num_prefills + num_decodes
+    if plain and num_spec_decodes and (non_spec_token_indx is None or spec_token_indx is None):
+        missing = "spec_token_indx" if spec_token_indx is None else "non_spec_token_indx"
+        fail(f"{missing} is None, but a batch of both kinds needs to know the rows of each")
+    if not plain and checkpoint_token_indx is not None and checkpoint_token_indx.numel():
+        fail("checkpoint_token_indx is given, but there is no sequence that is not speculative")
 
 
-def check_checkpoints(tokens: Tensor | None, states: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Fail unless both are given, in one shape."""
+def check_plain(
+    num_prefills: int,
+    num_decodes: int,
+    query_start_loc: Tensor | None,
+    state_indices: Tensor | None,
+    source_state_indices: Tensor | None,
+    has_initial_state: Tensor | None,
+) -> Tensor:
+    """Fail unless there is a start, a slot and what else is given for each sequence; return the slots."""
+    n = num_prefills + num_decodes
+    both = f"num_prefills + num_decodes = {n}"
+    if query_start_loc is not None:
+        per = f"the first token of each sequence ({both}), then the end"
+        check_index("non_spec_query_start_loc", query_start_loc, n + 1, per)
+    elif num_prefills:
+        fail(f"non_spec_query_start_loc is None, which means one token a sequence, but num_prefills is {num_prefills}")
+    per = f"one slot for each sequence ({both})"
+    if state_indices is None:
+        fail(f"non_spec_state_indices_tensor is None, expected {per}")
+    check_index("non_spec_state_indices_tensor", state_indices, n, per)
+    if source_state_indices is not None:
+        check_index("source_state_indices", source_state_indices, n, per)
+    if has_initial_state is not None:
+        if has_initial_state.dtype != torch.bool:
+            fail(f"has_initial_state is {has_initial_state.dtype}, expected torch.bool")
+        if has_initial_state.dim() != 1 or has_initial_state.shape[0] < n:
+            fail(f"has_initial_state has shape {tuple(has_initial_state.shape)}, expected at least ({n},): {both}")
+    return state_indices
+
+
+def check_checkpoints(tokens: Tensor | None, states: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """Fail unless both are given, in one shape, or neither, which is None."""
+    if tokens is None and states is None:
+        return None
     if tokens is None or states is None or tokens.shape != states.shape:
         fail("checkpoint_token_indx and checkpoint_state_indices must be given together and have one shape")
+    check_index("checkpoint_token_indx", tokens, tokens.numel(), "the last token of each checkpoint")
+    check_index("checkpoint_state_indices", states, tokens.numel(), "one slot for each")
     return tokens, states
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..reference.gdn_args import sequences, sizes
-from ..reference.gdn_checks import check_checkpoints, check_index, check_initial, check_speculative, fail
+from ..reference.gdn_checks import check_batch, check_checkpoints, check_index, check_plain, check_speculative
 from .gdn_launch import Data, Group, launch, on_device
 
 _DIMS = (16, 32, 64, 128, 256)
@@ -128,16 +128,14 @@ def gdn_attention(
         sequences(
             s, num_prefills, num_decodes, num_spec_decodes, has_initial_state, *plain, *spec, null_slot, *more
         )  # fmt: skip
+    check_batch(
+        num_prefills, num_decodes, num_spec_decodes, non_spec_token_indx, spec_token_indx, checkpoint_token_indx
+    )
     groups = []
     if num_prefills + num_decodes:
         groups.append(_plain(z.device, num_prefills, num_decodes, has_initial_state, *plain, *more))
-    elif checkpoint_token_indx is not None and checkpoint_token_indx.numel():
-        fail("checkpoint_token_indx is given, but there is no sequence that is not speculative")
     if num_spec_decodes:
         groups.append(_speculative(z.device, num_spec_decodes, *spec))
-    if len(groups) == 2 and any(group.tokens is None for group in groups):
-        missing = "spec_token_indx" if spec_token_indx is None else "non_spec_token_indx"
-        fail(f"{missing} is None, but a batch of both kinds needs to know the rows of each")
     if not s.rows:
         return
     with on_device(z):
@@ -161,11 +159,6 @@ def gdn_attention(
             launch(s, data, group, null_slot, reorder_input, group.accepted is None and num_prefills > 0)
 
 
-def _index(name: str, t: Tensor, count: int, per: str, device: torch.device) -> Tensor:
-    check_index(name, t, count, per)
-    return t.to(device).contiguous()
-
-
 def _plain(
     device: torch.device,
     num_prefills: int,
@@ -178,37 +171,20 @@ def _plain(
     checkpoint_tokens: Tensor | None,
     checkpoint_slots: Tensor | None,
 ) -> Group:
-    for name, value in (("num_prefills", num_prefills), ("num_decodes", num_decodes)):
-        if value < 0:
-            fail(f"{name} is {value}, expected 0 or more")
-    n = num_prefills + num_decodes
-    both = f"num_prefills + num_decodes = {n}"
-    if starts is not None:
-        per = f"the first token of each sequence ({both}), then the end"
-        starts = _index("non_spec_query_start_loc", starts, n + 1, per, device)
-    elif num_prefills:
-        fail(f"non_spec_query_start_loc is None, which means one token a sequence, but num_prefills is {num_prefills}")
-    if tokens is not None:
-        tokens = _index("non_spec_token_indx", tokens, 0, "one row for each token", device)
-    if slots is None:
-        fail(f"non_spec_state_indices_tensor is None, expected one slot for each sequence ({both})")
-    slots = _index("non_spec_state_indices_tensor", slots, n, f"one slot for each sequence ({both})", device)
-    if sources is not None:
-        sources = _index("source_state_indices", sources, n, f"one slot for each sequence ({both})", device)
-    initial = None
-    if has_initial_state is not None:
-        check_initial(has_initial_state, n, both)
-        initial = has_initial_state.to(device).contiguous().view(torch.uint8)
-    if checkpoint_tokens is not None or checkpoint_slots is not None:
-        checkpoint_tokens, checkpoint_slots = check_checkpoints(checkpoint_tokens, checkpoint_slots)
-        if not checkpoint_tokens.numel():
-            checkpoint_tokens = checkpoint_slots = None
-        else:
-            count = checkpoint_tokens.numel()
-            per = "the last token of each checkpoint"
-            checkpoint_tokens = _index("checkpoint_token_indx", checkpoint_tokens, count, per, device)
-            checkpoint_slots = _index("checkpoint_state_indices", checkpoint_slots, count, "one slot for each", device)
-    return Group(n, starts, tokens, slots, sources, initial, None, checkpoint_tokens, checkpoint_slots)
+    slots = check_plain(num_prefills, num_decodes, starts, slots, sources, has_initial_state)
+    checkpoints = check_checkpoints(checkpoint_tokens, checkpoint_slots)
+    at, to = checkpoints if checkpoints and checkpoints[0].numel() else (None, None)
+    return Group(
+        num_prefills + num_decodes,
+        _dense(starts, device),
+        _token_index("non_spec_token_indx", tokens, device),
+        slots.to(device),
+        sources if sources is None else sources.to(device),
+        None if has_initial_state is None else has_initial_state.to(device).contiguous().view(torch.uint8),
+        None,
+        _dense(at, device),
+        _dense(to, device),
+    )
 
 
 def _speculative(
@@ -220,6 +196,20 @@ def _speculative(
     accepted: Tensor | None,
 ) -> Group:
     starts, slots, accepted = check_speculative(n, starts, slots, accepted)
-    if tokens is not None:
-        tokens = _index("spec_token_indx", tokens, 0, "one row for each token", device)
-    return Group(n, starts.to(device).contiguous(), tokens, slots.to(device), accepted=accepted.to(device).contiguous())
+    return Group(
+        n,
+        _dense(starts, device),
+        _token_index("spec_token_indx", tokens, device),
+        slots.to(device),
+        accepted=_dense(accepted, device),
+    )
+
+
+def _token_index(name: str, t: Tensor | None, device: torch.device) -> Tensor | None:
+    if t is not None:
+        check_index(name, t, 0, "one row for each token")  # how many tokens there are is known on the device
+    return _dense(t, device)
+
+
+def _dense(t: Tensor | None, device: torch.device) -> Tensor | None:
+    return t if t is None else t.to(device).contiguous()

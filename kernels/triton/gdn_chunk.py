@@ -68,9 +68,8 @@ def solve_chunks(
     a = tl.load(ba + row * ba_stride + a_column, mask=known, other=0.0)
     b = tl.load(ba + row * ba_stride + b_column, mask=known, other=0.0)
     g, beta = gates(a, b, tl.load(rate + head), tl.load(shift + head))
-    # Behind the end nothing decays and nothing is written.
+    # Behind the end nothing decays; nothing is written either, since k and v are zeros there.
     g = tl.where(inside, g, 0.0)
-    beta = tl.where(inside, beta, 0.0)
     # One sum in float32 that has met a fast decay (g down to -1e4) has no digits left for the slow ones behind it, and
     # not every GPU has float64. Multiples of 1/64 add up exactly, and the rest of 64 tokens stays below 1. What -1024
     # decays to is 0 in float32, as it is for anything below.
@@ -208,6 +207,7 @@ def run_chunks(
                 p = (token - first).to(tl.int32) - c * C
                 if (p >= 0) & (p < C) & (token < first + count) & (to >= 0) & (to < count_slots) & (to != null_slot):
                     dead = superseded(checkpoint_tokens, checkpoint_slots, count_checkpoints, token, to, CHECKPOINTS)
+                    # On the sequence's own slot its last state would be a second write, perhaps of another thread.
                     if (to != slot) & (dead == 0):
                         high_p = tl.load(of_sums + p)
                         low_p = tl.load(of_sums + C + p)

@@ -1,4 +1,7 @@
-"""Which Triton kernels of gdn_attention run for a call, and their grids: from shapes alone, never from values."""
+"""Which Triton kernels of gdn_attention run for a call, and their grids: from shapes alone, never from values.
+
+Numbers of warps are the fewest with which ptxas spills no register of a 16-bit model for sm_90 (test_gdn_sm90.py).
+"""
 
 from __future__ import annotations
 
@@ -19,8 +22,6 @@ from .gdn_decode import run_tokens
 CHUNK = 64
 AT_MOST = 16
 """Tokens up to which a sequence goes token by token. Its own length alone decides, so that company changes no bit."""
-WARPS = {"run_tokens": 4, "finish": 4, "convolve_chunks": 8, "solve_chunks": 4, "run_chunks": 8}
-"""The fewest with which ptxas spills no register for sm_90 at Qwen3-Next's sizes (test_gdn_sm90.py)."""
 STAGES = 2
 """Chunks in flight in `run_chunks`: 61 KB of shared memory at Qwen3-Next's sizes, 3 would take 109 KB."""
 CHANNELS = 256
@@ -140,7 +141,7 @@ def launch(s: Sizes, x: Data, group: Group, null_slot: int, flat: bool, prefills
         W=s.width,
         BV=block_rows(s),
         AT_MOST=AT_MOST if chunked else 0,
-        num_warps=WARPS["run_tokens"],
+        num_warps=4,
     )
     if chunked:
         _chunks(s, x, group, batch, heads)
@@ -162,7 +163,7 @@ def launch(s: Sizes, x: Data, group: Group, null_slot: int, flat: bool, prefills
         CHECKPOINTS=triton.next_power_of_2(max(writes["count_checkpoints"], 1)),
         R=triton.next_power_of_2(max(s.width - 1, 1)),
         BLOCK=CHANNELS,
-        num_warps=WARPS["finish"],
+        num_warps=4,
     )
 
 
@@ -177,8 +178,9 @@ def _chunks(s: Sizes, x: Data, group: Group, batch: dict[str, Any], heads: dict[
     v = new(s.actual, s.hv, s.v)
     solved, mixed = new(bound, s.hv, CHUNK, CHUNK), new(bound, s.hv, CHUNK, CHUNK)
     sums = new(bound, s.hv, 2, CHUNK, dtype=torch.float32)
-    # 16-bit operands lose nothing to TF32 that they have not lost already; float32 has nothing to lose.
-    precision = "ieee" if x.qkvz.dtype == torch.float32 else "tf32"
+    # 16-bit operands lose nothing to TF32 that they have not lost already. float32 is the sum of three TF32 products:
+    # in plain float32, without tensor cores, these kernels spill 16 KB of registers.
+    precision = "tf32x3" if x.qkvz.dtype == torch.float32 else "tf32"
     plan_chunks[(group.n,)](
         owner, number, first_chunk, group.starts, group.n, bound, ABOVE=AT_MOST, C=CHUNK, BLOCK=1024
     )
@@ -200,7 +202,7 @@ def _chunks(s: Sizes, x: Data, group: Group, batch: dict[str, Any], heads: dict[
         **heads,
         W=s.width,
         C=CHUNK,
-        num_warps=WARPS["convolve_chunks"],
+        num_warps=max(1, max(s.k, s.v) // 16),
     )
     no_values = {name: value for name, value in heads.items() if name != "V"}
     solve_chunks[(bound, s.hv)](
@@ -218,7 +220,7 @@ def _chunks(s: Sizes, x: Data, group: Group, batch: dict[str, Any], heads: dict[
         **no_values,
         C=CHUNK,
         PRECISION=precision,
-        num_warps=WARPS["solve_chunks"],
+        num_warps=4,
     )
     checkpoints = group.checkpoints()
     run_chunks[(group.n * s.hv * (s.v // block_rows(s)),)](
@@ -245,5 +247,5 @@ def _chunks(s: Sizes, x: Data, group: Group, batch: dict[str, Any], heads: dict[
         CHECKPOINTS=triton.next_power_of_2(max(checkpoints["count_checkpoints"], 1)),
         PRECISION=precision,
         STAGES=STAGES,
-        num_warps=WARPS["run_chunks"],
+        num_warps=8,
     )

@@ -11,6 +11,7 @@ from opreg.kernels.reference import gdn as reference
 from opreg.kernels.triton.gdn import gdn_attention, why_not
 from opreg.kernels.triton.gdn_launch import AT_MOST
 from opreg.ops.gdn_attention_inputs import Heads, clone_call, make_call
+from triton._C.libtriton.ir import INPUT_PRECISION
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from opreg.select import explain
@@ -23,9 +24,11 @@ OUT = {FP32: 1e-5, FP16: 1e-3, BF16: 5e-3}
 STATE = {FP32: 1e-5, FP16: 1e-3, BF16: 5e-3}
 
 
-@pytest.fixture
-def bf16() -> Iterator[None]:
-    """bfloat16 as hardware computes it: triton 3.7's interpreter truncates casts and multiplies bit patterns."""
+@pytest.fixture(autouse=True)
+def products() -> Iterator[None]:
+    """Products as hardware computes them: triton 3.7's interpreter multiplies float32 where TF32 is asked for,
+    truncates in casts to bfloat16, and multiplies bit patterns of bfloat16.
+    """
 
     def up(x: np.ndarray) -> np.ndarray:
         return (x.astype(np.uint32) << 16).view(np.float32)
@@ -43,9 +46,16 @@ def bf16() -> Iterator[None]:
             return TensorHandle(down(x.data), tl.bfloat16)
         return cast(self, x, to)
 
-    def new_dot(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *rest: Any) -> TensorHandle:
-        wide = [TensorHandle(up(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)]
-        return dot(self, *wide, *rest)
+    def new_dot(self: InterpreterBuilder, a: Any, b: Any, c: Any, precision: Any, *rest: Any) -> TensorHandle:
+        def operand(x: TensorHandle) -> TensorHandle:
+            if x.dtype.scalar == tl.bfloat16:
+                return TensorHandle(up(x.data), tl.float32)
+            if x.dtype.scalar == tl.float32 and precision == INPUT_PRECISION.TF32:
+                kept = np.ascontiguousarray(x.data).view(np.uint32) & np.uint32(0xFFFFE000)
+                return TensorHandle(kept.view(np.float32), tl.float32)
+            return x
+
+        return dot(self, operand(a), operand(b), c, precision, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InterpreterBuilder, "cast_impl", new_cast)
@@ -113,7 +123,7 @@ def test_matches_the_recurrence_in_float64(
 
 
 @pytest.mark.parametrize("kept", [FP32, BF16])
-def test_qwen3_next_head_sizes_in_bfloat16(bf16: None, kept: torch.dtype) -> None:
+def test_qwen3_next_head_sizes_in_bfloat16(kept: torch.dtype) -> None:
     call = make_call([1, 150, 3], Heads(1, 1, 128, 128, 4), dtype=BF16, state_dtype=kept, initial=[True, True, False])
     check(run(call), truth(call), call)
 

@@ -106,13 +106,14 @@ def test_nothing_accepted_goes_on_from_the_first_column() -> None:
 
 
 def with_checkpoints(call: dict[str, Any]) -> dict[str, Any]:
-    """Checkpoints in the token-by-token form and in chunks, one at each end, out of order, and one of a null slot."""
+    """Checkpoints in both forms, at both ends of a chunk and inside, out of order."""
     used = set(call["non_spec_state_indices_tensor"].tolist())
     spare = [s for s in range(9) if s not in used]
-    tokens = [5 + 99, 1, 5 + 1, 5 + 63, 3, 4, 5 + 20, 5 + 30]
-    # The fifth and sixth go to one slot, where the later token's state stays; the last is on the sequence's own slot.
     own = int(call["non_spec_state_indices_tensor"][1])
-    slots = [spare[0], spare[1], spare[2], spare[3], spare[4], spare[4], -1, own]
+    # Two to one slot, where the later token's state stays, in each form; one to a null slot, one to the sequence's own.
+    pairs = [(5 + 99, spare[0]), (1, spare[1]), (5 + 1, spare[2]), (5 + 63, spare[3]), (4, spare[4]), (3, spare[4])]
+    pairs += [(5 + 50, spare[5]), (5 + 40, spare[5]), (5 + 20, -1), (5 + 30, own)]
+    tokens, slots = zip(*pairs, strict=True)
     return {"checkpoint_token_indx": torch.tensor(tokens), "checkpoint_state_indices": torch.tensor(slots)}
 
 
@@ -194,19 +195,35 @@ def test_starts_and_rows_that_cannot_be_touch_nothing_outside(monkeypatch: pytes
     got = {**clone_call(call), "non_spec_token_indx": rows}
     gdn.gdn_attention(**got)
     assert not got["core_attn_out"][25].any()
+    got = {**clone_call(call), "non_spec_token_indx": torch.arange(40)}
+    gdn.gdn_attention(**got)
+    assert got["core_attn_out"][21:40].isnan().all()
+    assert not got["core_attn_out"][40:].any()
 
 
-def test_wrong_metadata_is_named_where_it_is_on_the_cpu() -> None:
+VALUES = [
+    ({"non_spec_state_indices_tensor": torch.tensor([0, 77])}, r"non_spec_state_indices_tensor\[1\] is slot 77"),
+    ({"non_spec_state_indices_tensor": torch.tensor([1, 1])}, "which another sequence of this call writes too"),
+    ({"non_spec_query_start_loc": torch.tensor([0, 1, 9])}, "outside 0..3"),
+]
+SHAPES = [
+    ({"num_prefills": -1}, "num_prefills is -1"),
+    ({"has_initial_state": torch.zeros(2)}, "has_initial_state is torch.float32, expected torch.bool"),
+    ({"non_spec_state_indices_tensor": None}, "non_spec_state_indices_tensor is None"),
+    ({"non_spec_query_start_loc": torch.tensor([0, 3])}, r"non_spec_query_start_loc has shape \(2,\)"),
+    ({"non_spec_token_indx": torch.zeros(3)}, "non_spec_token_indx is torch.float32"),
+    ({"checkpoint_token_indx": torch.tensor([1])}, "must be given together"),
+    ({"num_spec_decodes": 1}, "spec_token_indx is None, but a batch of both kinds"),
+    ({"num_prefills": 0, "num_decodes": 0, "num_spec_decodes": 1}, "needs spec_query_start_loc"),
+]
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_wrong_metadata_is_named(monkeypatch: pytest.MonkeyPatch, on_gpu: bool) -> None:
+    """Its values where it is on the CPU, its shapes and types everywhere."""
+    if on_gpu:
+        unchecked(monkeypatch)
     call = make_call([1, 2], HEADS)
-    for change, message in (
-        ({"non_spec_state_indices_tensor": torch.tensor([0, 77])}, r"non_spec_state_indices_tensor\[1\] is slot 77"),
-        ({"non_spec_state_indices_tensor": torch.tensor([1, 1])}, "which another sequence of this call writes too"),
-        ({"non_spec_query_start_loc": torch.tensor([0, 1, 9])}, "outside 0..3"),
-        ({"num_prefills": -1}, "num_prefills is -1"),
-        ({"has_initial_state": torch.zeros(2)}, "has_initial_state is torch.float32, expected torch.bool"),
-        ({"non_spec_state_indices_tensor": None}, "non_spec_state_indices_tensor is None"),
-        ({"checkpoint_token_indx": torch.tensor([1])}, "must be given together"),
-        ({"num_spec_decodes": 1}, "spec_token_indx is None, but a batch of both kinds|needs spec_query_start_loc"),
-    ):
-        with pytest.raises(ValueError, match=f"opreg::gdn_attention: .*({message})"):
+    for change, message in SHAPES if on_gpu else [*VALUES, *SHAPES]:
+        with pytest.raises(ValueError, match=f"opreg::gdn_attention: .*{message}"):
             gdn.gdn_attention(**{**call, **change})

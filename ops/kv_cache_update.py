@@ -44,6 +44,9 @@ kv_cache_update.register_kernel(
 kv_cache_update.register_kernel(
     "xla", from_jax("opreg.kernels.pallas.rpa_xla:kv_cache_update", mutates_args="kv_pages"), requires="jax"
 )
+kv_cache_update.register_kernel(
+    "tpu", "opreg.kernels.pallas.rpa_torch_tpu:torch_tpu_kv_cache_update", requires=("torch_tpu", "jax")
+)
 for _dtype in (torch.float32, torch.bfloat16, torch.float16):
     kv_cache_update.tolerance(_dtype, 0.0, "numbers are copied, or rounded once to nearest even")
 

@@ -11,7 +11,7 @@ PIP_FLAGS ?=
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test lint lanes print-lanes lane-xla lane-ipex lane-tpu_aot lane-triton lane-transformers lane-slow clean
+.PHONY: demo test lint lanes print-lanes lane-xla lane-ipex lane-tpu_aot lane-triton lane-xpu lane-transformers lane-slow clean
 
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 ifeq ($(filter 3.10 3.11 3.12,$(VERSION)),)
@@ -66,6 +66,10 @@ lane-slow: .venv/$(STAMP)
 
 lane-triton: .venv-triton/$(STAMP)
 	TRITON_INTERPRET=1 .venv-triton/bin/pytest tests/lanes/triton
+
+# Wheels of Intel's kernels are downloaded (280 MB, once) and read; nothing of them is loaded.
+lane-xpu: .venv-xpu/$(STAMP)
+	.venv-xpu/bin/pytest tests/lanes/xpu
 
 lane-tpu_aot: .venv-tpu_aot/$(STAMP)
 	TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu .venv-tpu_aot/bin/pytest tests/lanes/tpu_aot

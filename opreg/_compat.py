@@ -39,6 +39,11 @@ def constant_under_dynamo(fn: F) -> F:
     return fn
 
 
+def fake_holder(qualname: str) -> Any:
+    """Where torch keeps the fake implementations of an operator; unchanged from torch 2.8 to 2.13."""
+    return torch._library.simple_registry.singleton.find(qualname).fake_impl
+
+
 def identity_under_dynamo(ctx: Any, name: str) -> Any:
     """The object behind a local of the frame that Dynamo traces, and a guard that it stays this very object.
 

@@ -87,11 +87,9 @@ def _torch_ways(name: str, fn: Callable[..., Any], mutates: tuple[str, ...], sch
         return None if mutates else torch.empty(4)
 
     qualname = f"opreg_bench_lib::{name}"
-    overload = library.define(qualname, schema)
-    library.implement(qualname, fn, "CPU")
-    library.fake(qualname, fake)
+    library.define_with_public_calls(qualname, schema, fn, fake)
     custom = library.custom_op(f"opreg_bench_custom::{name}", fn, mutates, fake)
-    return {"define+impl": overload, "custom_op": custom}
+    return {"define+impl": library.overload(qualname), "custom_op": custom}
 
 
 def _ways(index: int) -> tuple[dict[str, Any], str]:
@@ -188,9 +186,7 @@ def registration(count: int = 60) -> Iterator[Row]:
     def vllm_style() -> None:
         for _ in range(count):
             qualname = f"opreg_bench_lib::reg_{next(_serial)}"
-            library.define(qualname, library.infer_schema(signature, ()))
-            library.implement(qualname, _registered, "CPU")
-            library.fake(qualname, _registered)
+            library.define_with_public_calls(qualname, library.infer_schema(signature, ()), _registered, _registered)
 
     def custom_op() -> None:
         for _ in range(count):

@@ -8,218 +8,30 @@ checks the contract and the layer before the kernel.
 
 from __future__ import annotations
 
+import builtins
 import functools
-import re
 from collections.abc import Callable
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
-from torch._C._functorch import peek_interpreter_stack
+from torch._C import _are_functorch_transforms_active, _has_torch_function_unary, _len_torch_dispatch_stack
 from torch.autograd import profiler
 
-from . import context, devices, fake, select
-from .errors import ContractError, KernelError
-from .shapes import Dim, Shape
+from . import context, devices
+from .errors import KernelError
+from .runner import arguments, make_runner, parameters
 from .spec import REQUIRED, ArgSpec, OpSpec
 
 if TYPE_CHECKING:
     from .op import Op
 
 
-def _parameters(spec: OpSpec, defaults: dict[str, Any]) -> str:
-    """'x, w, eps=_d_eps, *, k=_d_k' and the defaults' values put into `defaults`."""
-    parts: list[str] = []
-    for arg in spec.args:
-        if arg.keyword_only and "*" not in parts:
-            parts.append("*")
-        if arg.default is REQUIRED:
-            parts.append(arg.name)
-        else:
-            defaults[f"_d_{arg.name}"] = arg.default
-            parts.append(f"{arg.name}=_d_{arg.name}")
-    return ", ".join(parts)
-
-
-def _arguments(spec: OpSpec) -> str:
-    """'x, w, eps, k=k': how the op's arguments are passed on."""
-    return ", ".join(f"{arg.name}={arg.name}" if arg.keyword_only else arg.name for arg in spec.args)
-
-
-def _compile(name: str, source: str, names: dict[str, Any], spec: OpSpec) -> FunctionType:
-    namespace: dict[str, Any] = dict(names)
-    exec(compile(source, f"<opreg {spec.name} {name}>", "exec"), namespace)
-    fn: FunctionType = namespace[name]
-    return fn
-
-
-def gather(spec: OpSpec, many: Callable[[tuple[Any, ...]], Any]) -> FunctionType:
-    """A function with the op's signature that calls `many` with all arguments, in order, as one tuple."""
-    names: dict[str, Any] = {"_many": many}
-    parameters = _parameters(spec, names)
-    everything = "".join(f"{arg.name}, " for arg in spec.args)
-    return _compile("gather", f"def gather({parameters}):\n    return _many(({everything}))\n", names, spec)
-
-
-def call_with(spec: OpSpec, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    """Call `fn`, which has the op's signature, with all arguments given in order."""
-    split = next((i for i, arg in enumerate(spec.args) if arg.keyword_only), len(args))
-    keywords = {arg.name: value for arg, value in zip(spec.args[split:], args[split:], strict=True)}
-    return fn(*args[:split], **keywords)
-
-
-class _Checks:
-    """Writes the statements that compare a call's sizes and dtypes with the contract and report a difference.
-
-    About 0.1 us per tensor. It only decides; the sentence is worded by fake.bind, which knows the whole language.
-    """
-
-    def __init__(self, spec: OpSpec) -> None:
-        self.fail = f"_mismatch(({''.join(f'{arg.name}, ' for arg in spec.args)}))"
-        self.known = {arg.name: arg.name for arg in spec.args if arg.type == "SymInt"}
-        self.maybe: set[str] = set()  # variables that hold None until an optional tensor gave them a size
-        self.lines: list[str] = []
-        # Optional tensors last, so that names which required ones define are certain to be defined.
-        for arg in sorted(spec.args, key=lambda arg: arg.optional):
-            self._argument(arg)
-
-    def _argument(self, arg: ArgSpec) -> None:
-        if arg.choices is not None:
-            self.lines.append(f"if {arg.name} not in _c_{arg.name}: {self.fail}")
-        if (arg.shape is None and arg.dtype is None) or arg.type not in ("Tensor", "Tensor?"):
-            return  # lists of tensors are compared at trace time and by `opreg check`
-        own = [f"if {arg.name}.dtype is not _t_{arg.name}: {self.fail}"] if arg.dtype is not None else []
-        before: list[str] = []
-        if arg.shape is not None:
-            own += self._shape(arg, arg.shape, before)
-        if arg.optional:
-            own = [*before, f"if {arg.name} is not None:", *(f"    {line}" for line in own)]
-        self.lines += own
-
-    def _shape(self, arg: ArgSpec, shape: Shape, before: list[str]) -> list[str]:
-        sizes, rank, star = f"_s_{arg.name}", len(shape.dims), shape.star
-        wrong_rank = f"len({sizes}) != {rank}" if star is None else f"len({sizes}) < {rank - 1}"
-        lines = [f"{sizes} = {arg.name}.shape", f"if {wrong_rank}: {self.fail}"]
-        for index, dim in enumerate(shape.dims):
-            if star is None or index < star:
-                size = f"{sizes}[{index}]"
-            elif index == star:
-                size = f"{sizes}[{star}:len({sizes}) - {rank - 1 - star}]"
-            else:
-                size = f"{sizes}[{index - rank}]"
-            lines += self._dim(dim, size, arg.optional, before)
-        return lines
-
-    def _dim(self, dim: Dim, size: str, optional: bool, before: list[str]) -> list[str]:
-        if dim.kind == "any" or (dim.kind == "star" and not dim.names):
-            return []
-        if dim.kind == "size":
-            return [f"if {size} != {dim.text}: {self.fail}"]
-        if dim.kind == "expr":
-            if any(self.known[name] in self.maybe for name in dim.names):
-                return []  # computed from an optional tensor's size; compared at trace time
-            value = re.sub(r"[A-Za-z_]\w*", lambda found: self.known[found.group()], dim.text)
-            return [f"if {size} != {value}: {self.fail}"]
-        name = dim.names[0]
-        if name not in self.known:
-            variable = self.known[name] = f"_n{len(self.known)}"
-            if not optional:
-                return [f"{variable} = {size}"]
-            before.append(f"{variable} = None")
-            self.maybe.add(variable)
-        variable = self.known[name]
-        if variable in self.maybe:
-            return [f"if {variable} is None: {variable} = {size}", f"elif {size} != {variable}: {self.fail}"]
-        return [f"if {size} != {variable}: {self.fail}"]
-
-
-def make_runner(op: Op, device_type: str, checked: bool = True) -> Callable[..., Any]:
-    """What computes the op on one device: contract check, profiling run of a layer op, kernel. Only the kernel if that
-    is all."""
-    spec = op.spec
-    kernel = select.runner(op, device_type)
-    check = _Checks(spec).lines if checked else []
-    fills = _fills(spec)
-    contiguous = fake.fake_source(op) == "contract"
-    if not check and spec.layer_arg is None and not fills and not contiguous:
-        return kernel
-    names: dict[str, Any] = {"_kernel": kernel, "_current": context._current}
-    names.update(
-        {f"_c_{arg.name}": (*arg.choices, *((None,) if arg.optional else ())) for arg in spec.args if arg.choices}
-    )
-    names.update({f"_t_{arg.name}": arg.dtype for arg in spec.args if isinstance(arg.dtype, torch.dtype)})
-
-    def mismatch(args: tuple[Any, ...]) -> None:
-        fake.bind(spec, args)
-        raise ContractError(
-            f"{spec.name}: the arguments break the contract, but the full check finds no fault; "
-            "this is a defect of opreg, please report it with the shapes of the call"
-        )
-
-    names["_mismatch"] = mismatch
-    lines = [f"def run({_parameters(spec, names)}):", *(f"    {line}" for line in check)]
-    if spec.layer_arg is not None:
-        name = spec.layer_arg.name
-        lines += [
-            f"    if type({name}) is not str:",
-            f"        {name} = _layer_name({name})",
-            f"    _metadata = _current.get()[{name}][1]",
-            "    if _metadata is None:",
-        ]
-        names["_layer_name"] = context.layer_name
-        undefined = [arg for arg in spec.args if arg.mutated and not arg.layer and arg.start != "state"]
-        lines += [f"        {_fill(arg, '')}" for arg in undefined]
-        everything = "".join(f"{arg.name}, " for arg in spec.args)
-        lines.append(f"        return _zeros(({everything}))" if spec.returns else "        return None")
-        names["_zeros"] = functools.partial(_zero_outputs, op)
-    lines += [f"    {line}" for line in fills]
-    if contiguous and not spec.returns_tuple:
-        # A kernel such as `x * 2` follows the strides of its input; compiled graphs rely on those that the contract's
-        # fake gave (HAZARDS 8). 40 ns for the question; a copy only where they differ.
-        lines += [
-            f"    _made = _kernel({_arguments(spec)})",
-            "    return _made if _made.is_contiguous() else _copy(_made)",
-        ]
-        names["_copy"] = torch.Tensor.contiguous
-    elif contiguous:
-        lines.append(f"    return tuple([_copy(_made) for _made in _kernel({_arguments(spec)})])")
-        names["_copy"] = torch.Tensor.contiguous
-    else:
-        lines.append(f"    return _kernel({_arguments(spec)})")
-    return _compile("run", "\n".join(lines) + "\n", names, spec)
-
-
-def _fill(arg: ArgSpec, rows: str) -> str:
-    """'out[rows].zero_()' for one tensor, an optional one or a list."""
-    if arg.type.endswith("[]"):
-        return f"for _out in {arg.name}: _out{rows}.zero_()"
-    return f"{f'if {arg.name} is not None: ' if arg.optional else ''}{arg.name}{rows}.zero_()"
-
-
-def _fills(spec: OpSpec) -> list[str]:
-    """What is zeroed before the kernel: arguments that start as "zeros", and of a "tail" the rows past the tokens."""
-    lines = [_fill(arg, "") for arg in spec.args if arg.start == "zeros"]
-    tails = [_fill(arg, "[_tokens:]") for arg in spec.args if arg.start == "tail"]
-    if tails:
-        given = any(arg.name == "num_actual_tokens" for arg in spec.args)
-        lines.append("_tokens = num_actual_tokens" if given else "_tokens = _metadata.num_actual_tokens")
-        lines.append("if _tokens is not None:")
-        lines += [f"    {line}" for line in tails]
-    return lines
-
-
-def _zero_outputs(op: Op, args: tuple[Any, ...]) -> Any:
-    """Outputs of a functional layer op in a profiling run: zeros of the shapes its fake gives."""
-    made = op.call_with(fake.make_fake(op), args)
-    return tuple(t.zero_() for t in made) if isinstance(made, tuple) else made.zero_()
-
-
-def _guard_source(spec: OpSpec) -> str:
+def _guard_source(spec: OpSpec, first: ArgSpec) -> str:
     """Condition under which a direct call of the kernel is the same as a call through the dispatcher.
 
-    Cheapest first (quiet ns): exact types 7 each, the profiler flag 10, three mode queries 33 each, grad mode 30.
-    Whether a tensor wants a gradient costs 41 each and is asked only in grad mode.
+    Cheapest first (quiet ns): exact types 8 each, the profiler flag 6, function modes 17, the two other mode queries 30
+    each, grad mode 30. Whether a tensor wants a gradient costs 40 each, so of several it is asked in grad mode only.
     """
     types, grads = [], []
     for arg in spec.args:
@@ -235,12 +47,13 @@ def _guard_source(spec: OpSpec) -> str:
             grads.append(f"_any_grad({name})")
     modes = [
         "not _profiler._is_profiler_enabled",
+        # Of a plain tensor it asks for modes alone.
+        f"not _function_mode({first.name})",
         "not _dispatch_modes()",
-        "not _function_modes()",
-        "_functorch() is None",
+        "not _functorch()",
     ]
-    gradient = [f"(not _grad_enabled() or not ({' or '.join(grads)}))"] if grads else []
-    return " and ".join([*types, *modes, *gradient])
+    asked = ["not _grad_enabled()", f"not ({' or '.join(grads)})"]
+    return " and ".join([*types, *modes, f"({' or '.join(asked if len(grads) > 1 else reversed(asked))})"])
 
 
 def _plain_list(values: Any) -> bool:
@@ -251,24 +64,16 @@ def _any_grad(values: Any) -> bool:
     return any(value is not None and value.requires_grad for value in values)
 
 
-_SOURCE = """\
-def _traced({parameters}):
-{handle}    return _overload({arguments})
-
-def _entry({parameters}):
+_ANY_DEVICE = """\
+def {name}({parameters}):
     _type = {device}
-    _run = _runners.get(_type)
+    _run = {runners}.get(_type)
     if _run is None:
-        _run = _runner(_type)
+        _run = {make}(_type)
     return _run({arguments})
+"""
 
-def _compiled({parameters}):
-    _type = {device}
-    _run = _unchecked.get(_type)
-    if _run is None:
-        _run = _unchecked_runner(_type)
-    return _run({arguments})
-
+_PUBLIC = """\
 def {name}({parameters}):
 {direct}{handle}    return _overload({arguments})
 """
@@ -280,43 +85,97 @@ _DIRECT = """\
             return _run({arguments})
 """
 
+# What stands in for the functions above until the first call: compiling their source costs 0.3 ms, ten times what is
+# left of a registration, and most ops of a process are never called.
+
+
+def _entry_at_first(*args: Any, **kwargs: Any) -> Any:
+    return _write().entry(*args, **kwargs)  # type: ignore[name-defined]  # noqa: F821 - a global of the op's functions
+
+
+def _public_at_first(*args: Any, **kwargs: Any) -> Any:
+    return _write().public(*args, **kwargs)  # type: ignore[name-defined]  # noqa: F821 - a global of the op's functions
+
+
+def _traced(*args: Any, **kwargs: Any) -> Any:
+    return _overload(*args, **kwargs)  # type: ignore[name-defined]  # noqa: F821 - a global of the op's functions
+
+
+_SHARED: dict[str, Any] = {
+    "__builtins__": builtins,
+    "_Parameter": torch.nn.Parameter,
+    "_Tensor": torch.Tensor,
+    "_any_grad": _any_grad,
+    "_cpu": None,  # the runner for CPU tensors: a global costs 15 ns less than the look-up in _runners
+    "_dispatch_modes": _len_torch_dispatch_stack,
+    "_function_mode": _has_torch_function_unary,
+    "_functorch": _are_functorch_transforms_active,
+    "_grad_enabled": torch.is_grad_enabled,
+    "_layer_handle": context.layer_handle,
+    "_plain_list": _plain_list,
+    "_profiler": profiler,
+}
+
 
 class Calls:
-    """The generated functions of one op and the runners they share; `reset` after kernels or forces changed."""
+    """The generated functions of one op and the runners they share; `reset` after kernels or forces changed.
+
+    public is what users call, traced what Dynamo traces in its place, entry what the dispatcher calls.
+    """
 
     def __init__(self, op: Op) -> None:
         self.op = op
         self.runners: dict[str, Callable[..., Any]] = {}
         self.unchecked: dict[str, Callable[..., Any]] = {}
-        spec = op.spec
         self._names: dict[str, Any] = {
-            "_Parameter": torch.nn.Parameter,
-            "_Tensor": torch.Tensor,
-            "_any_grad": _any_grad,
-            "_cpu": None,  # the runner for CPU tensors: a global costs 15 ns less than the look-up in _runners
+            **_SHARED,
             "_default_device": _default_device,
-            "_dispatch_modes": _len_torch_dispatch_stack,
-            "_function_modes": _len_torch_function_stack,
-            "_functorch": peek_interpreter_stack,
-            "_grad_enabled": torch.is_grad_enabled,
-            "_layer_handle": context.layer_handle,
             "_overload": op.overload,
-            "_plain_list": _plain_list,
-            "_profiler": profiler,
+            "_runner": self.runner,
             "_runners": self.runners,
             "_unchecked": self.unchecked,
             "_unchecked_runner": self.unchecked_runner,
-            "_runner": self.runner,
+            "_write": self._write,
         }
-        name = spec.name.split("::")[-1]
-        parts = {"parameters": _parameters(spec, self._names), "arguments": _arguments(spec)}
-        first, layer = spec.first_tensor, spec.layer_arg
-        parts["direct"] = _DIRECT.format(guard=_guard_source(spec), first=first.name, **parts) if first else ""
+        self.public = self._function(_public_at_first.__code__)
+        self.entry = self._function(_entry_at_first.__code__)
+        self.traced = FunctionType(_traced.__code__, self._names, self._name)
+        if op.spec.layer_arg is not None:
+            self.traced = self._function(self._code(_PUBLIC, direct=""))
+
+    @property
+    def _name(self) -> str:
+        return self.op.name.split("::")[-1]
+
+    def _function(self, code: CodeType) -> FunctionType:
+        """A function of the op's globals and defaults; stand-ins take everything and never look at defaults."""
+        args = [arg for arg in self.op.spec.args if arg.default is not REQUIRED]
+        defaults = tuple(arg.default for arg in args if not arg.keyword_only)
+        made = FunctionType(code, self._names, self._name, defaults)
+        made.__kwdefaults__ = {arg.name: arg.default for arg in args if arg.keyword_only}
+        return made
+
+    def _code(self, source: str, **parts: str) -> CodeType:
+        spec, layer = self.op.spec, self.op.spec.layer_arg
+        parts.update(name=self._name, parameters=parameters(spec), arguments=arguments(spec))
         parts["handle"] = f"    {layer.name} = _layer_handle({layer.name})\n" if layer else ""
-        source = _SOURCE.format(name=name, device=_device_source(spec), **parts)
-        exec(compile(source, f"<opreg {spec.name}>", "exec"), self._names)
-        self.traced, self.entry, self.compiled = (self._names[part] for part in ("_traced", "_entry", "_compiled"))
-        self.public = self._names[name]
+        module = compile(source.format(device=_device_source(spec), **parts), f"<opreg {spec.name}>", "exec")
+        return next(constant for constant in module.co_consts if isinstance(constant, CodeType))
+
+    def _write(self) -> Calls:
+        """Give public and entry their code."""
+        spec = self.op.spec
+        first, direct = spec.first_tensor, ""
+        if first is not None:
+            direct = _DIRECT.format(guard=_guard_source(spec, first), first=first.name, arguments=arguments(spec))
+        self.entry.__code__ = self._code(_ANY_DEVICE, runners="_runners", make="_runner")
+        self.public.__code__ = self._code(_PUBLIC, direct=direct)
+        return self
+
+    @functools.cached_property
+    def compiled(self) -> FunctionType:
+        """What compiled graphs call: no contract check, no dispatcher."""
+        return self._function(self._code(_ANY_DEVICE, runners="_unchecked", make="_unchecked_runner"))
 
     def runner(self, device_type: str) -> Callable[..., Any]:
         """The runner of a device, made at its first call."""

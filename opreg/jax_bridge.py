@@ -15,22 +15,20 @@ from torch._C._functorch import peek_interpreter_stack
 
 from ._compat import constant_under_dynamo, identity_under_dynamo, trace_instead
 from .jax_bridge_arrays import JaxArgumentError, check_tensor, from_foreign, runtime
-from .jax_bridge_executors import execute, plain_views, run_plain
-from .jax_bridge_export import EXPORTED, carry
-from .jax_bridge_op import OP, apply
-from .jax_bridge_ops import from_jax, register_jax_op
-from .jax_bridge_programs import (
+from .jax_bridge_cache import (
     JaxCacheInfo,
     JaxTraceLimitError,
-    argument_names,
-    by_name,
-    find_function,
-    find_program,
     jax_cache_clear,
     jax_cache_info,
     jax_cache_limits,
     state,
 )
+from .jax_bridge_executors import execute, plain_views, run_plain
+from .jax_bridge_export import EXPORTED, carry
+from .jax_bridge_keys import argument_names
+from .jax_bridge_op import OP, apply
+from .jax_bridge_ops import from_jax, register_jax_op
+from .jax_bridge_programs import by_name, find_function, find_program
 from .jax_bridge_shapes import infer
 from .jax_bridge_xla import record_plain
 

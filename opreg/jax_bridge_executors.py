@@ -1,4 +1,7 @@
-"""How a JAX program runs on each device type. Every executor returns only when the arguments may be overwritten."""
+"""How a JAX program runs on each device type. Every executor returns only when the arguments may be overwritten.
+
+An executor is told which operands the caller will overwrite with results (`written`): it may reuse their memory.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,13 @@ import torch
 from .errors import KernelError
 from .jax_bridge_arrays import COPY_LIMIT, PLAIN, WIDE, cpu_tensor, numpy_view, runtime, torch_dtype
 from .jax_bridge_programs import Program
+from .jax_bridge_tpu import on_tpu
 from .jax_bridge_xla import on_xla
 
 
-def execute(program: Program, tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], Any]:
+def execute(
+    program: Program, tensors: Sequence[torch.Tensor], written: tuple[int, ...] = ()
+) -> tuple[list[torch.Tensor], Any]:
     """Run a program on tensors of one device: the results' tensors, and their pytree."""
     kind = tensors[0].device.type if tensors else "cpu"
     executor = EXECUTORS.get(kind)
@@ -24,10 +30,12 @@ def execute(program: Program, tensors: Sequence[torch.Tensor]) -> tuple[list[tor
             f"call_jax({program.function.label}): no executor for tensors on '{kind}'; JAX functions run on "
             f"{', '.join(EXECUTORS)}; move the tensors to one of these"
         )
-    return executor(program, tensors)
+    return executor(program, tensors, written)
 
 
-def on_cpu(program: Program, tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], Any]:
+def on_cpu(
+    program: Program, tensors: Sequence[torch.Tensor], written: tuple[int, ...] = ()
+) -> tuple[list[torch.Tensor], Any]:
     """Arguments as numpy views, results awaited; no result shares memory with an argument or another result."""
     if program.jitted is not None:
         views = plain_views(tensors)
@@ -107,7 +115,5 @@ def own(program: Program, leaves: list[Any], arrays: Sequence[Any]) -> list[torc
     return tensors
 
 
-EXECUTORS: dict[str, Callable[[Program, Sequence[torch.Tensor]], tuple[list[torch.Tensor], Any]]] = {
-    "cpu": on_cpu,
-    "xla": on_xla,
-}
+Executor = Callable[[Program, Sequence[torch.Tensor], tuple[int, ...]], tuple[list[torch.Tensor], Any]]
+EXECUTORS: dict[str, Executor] = {"cpu": on_cpu, "xla": on_xla, "tpu": on_tpu}

@@ -16,9 +16,10 @@ import torch
 from . import library
 from .errors import KernelError
 from .jax_bridge_arrays import runtime
+from .jax_bridge_cache import state
 from .jax_bridge_executors import execute
 from .jax_bridge_op import OP, gradients
-from .jax_bridge_programs import Program, find_function, state
+from .jax_bridge_programs import Program, find_function
 from .jax_bridge_shapes import evaluate, infer, symbolic_inputs, x64
 
 NAME = "opreg::jax_exported"

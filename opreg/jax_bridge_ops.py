@@ -21,7 +21,7 @@ from .jax_bridge_programs import Program, find_function, find_program
 from .jax_bridge_shapes import evaluate, infer
 from .op import OpFunction, register_op
 
-DEVICES = ("cpu", "xla")
+DEVICES = ("cpu", "xla", "tpu")
 """Device types for which jax_bridge_executors has an executor; a kernel made from a JAX function serves all of them."""
 
 
@@ -62,12 +62,15 @@ class JaxKernel:
         return inspect.signature(self.fn)
 
     @functools.cached_property
-    def _written(self) -> list[int]:
-        names = list(inspect.signature(self.fn).parameters)
-        unknown = [name for name in self.mutates_args if name not in names]
+    def _binding(self) -> inspect.Signature:
+        """The function's signature, found to have every argument that it writes."""
+        signature = inspect.signature(self.fn)
+        unknown = [name for name in self.mutates_args if name not in signature.parameters]
         if unknown:
-            raise SignatureError(f"from_jax({self.__name__}): mutates_args names {unknown}, but it takes {names}")
-        return [names.index(name) for name in self.mutates_args]
+            raise SignatureError(
+                f"from_jax({self.__name__}): mutates_args names {unknown}, but it takes {list(signature.parameters)}"
+            )
+        return signature
 
     def program(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Program, list[torch.Tensor], Any]:
         """The program, the tensors and the pytree of arguments."""
@@ -79,28 +82,31 @@ class JaxKernel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         program, tensors, _ = self.program(args, kwargs)
-        results, tree = execute(program, tensors)
         if not self.mutates_args:
+            results, tree = execute(program, tensors)
             return tree.unflatten(results)
-        return self._write_back(inspect.signature(self.fn).bind(*args, **kwargs), tree.unflatten(results))
+        bound = self._binding.bind(*args, **kwargs)
+        old = [bound.arguments[name] for name in self.mutates_args]
+        written = tuple(i for i, tensor in enumerate(tensors) if any(tensor is argument for argument in old))
+        results, tree = execute(program, tensors, written)
+        return self._write_back(old, tree.unflatten(results))
 
-    def _write_back(self, bound: inspect.BoundArguments, results: Any) -> Any:
+    def _write_back(self, arguments: list[torch.Tensor], results: Any) -> Any:
         """Copy the new values of written arguments, which the function returns first, into the arguments."""
         values = results if isinstance(results, tuple) else (results,)
-        if len(values) < len(self._written):
+        if len(values) < len(arguments):
             raise KernelError(
                 f"{self.__name__}: a JAX function that stands for an op writing {', '.join(self.mutates_args)} returns "
                 f"the new values of these first, then the op's results; it returned {len(values)} values"
             )
-        for name, new in zip(self.mutates_args, values, strict=False):
-            old = bound.arguments[name]
+        for name, old, new in zip(self.mutates_args, arguments, values, strict=False):
             if old.shape != new.shape or old.dtype != new.dtype:
                 raise KernelError(
                     f"{self.__name__}: the new value of '{name}' is {new.dtype} {list(new.shape)}, but the argument is "
                     f"{old.dtype} {list(old.shape)}; return the whole updated array"
                 )
             old.copy_(new)
-        rest = values[len(self._written) :]
+        rest = values[len(arguments) :]
         return None if not rest else rest[0] if len(rest) == 1 else rest
 
 

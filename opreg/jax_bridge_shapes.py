@@ -18,7 +18,8 @@ import torch
 
 from .errors import KernelError
 from .jax_bridge_arrays import WIDE, runtime, torch_dtype
-from .jax_bridge_programs import Program, log, symbolically
+from .jax_bridge_cache import log, symbolically
+from .jax_bridge_programs import Program
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Container, Sequence
-from typing import Any
+from collections.abc import Callable, Container, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,18 +21,56 @@ from .jax_bridge_shapes import x64
 _PLATFORMS = {"CPU": "cpu", "TPU": "tpu", "CUDA": "cuda", "GPU": "cuda"}
 # Handlers that jaxlib registers in its own CPU client; torch_xla's client has none of them.
 _JAX_ONLY = re.compile(r'custom_call_target="((?:lapack|xla_ffi|xla_python|blas|hipsolver|cusolver|cu_)[^"]*)"')
+_SHARD_GROUP = re.compile(r"shard_as \d+|shard_like \d+|sharding_group_id")
+_GROUPS = 256
+"""Calls in one graph whose shard groups are kept apart, for each program and shape."""
 
 
-def on_xla(program: Program, tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], Any]:
+class Embedded(NamedTuple):
+    """A program for tensors of certain shapes: what `record` (torch_xla's function) needs to add it to a graph."""
+
+    name: str
+    computation: Any
+    tree: Any
+    record: Any
+    grouped: bool
+
+
+def on_xla(
+    program: Program, tensors: Sequence[torch.Tensor], written: tuple[int, ...] = ()
+) -> tuple[list[torch.Tensor], Any]:
     """Record the program in the lazy graph of torch_xla."""
-    key = (*[(tensor.shape, tensor.dtype) for tensor in tensors], _configuration())
+    key: Any = (*[(tensor.shape, tensor.dtype) for tensor in tensors], _configuration())
     known = program.embedded.get(key)
     if known is None:
         known = program.embedded[key] = _embed(program, tensors)
-    name, computation, tree, record = known
+    if known.grouped:
+        known = _with_its_own_group(program, key, tensors)
     program.calls += 1
-    results: list[torch.Tensor] = record(name, list(tensors), computation)
-    return results, tree
+    results: list[torch.Tensor] = known.record(known.name, list(tensors), known.computation)
+    return results, known.tree
+
+
+def _with_its_own_group(program: Program, key: Any, tensors: Sequence[torch.Tensor]) -> Embedded:
+    """The program with a shard group that no other call in this graph has.
+
+    The group's number is part of the HLO, and equal numbers in one graph are one group: recorded twice, one
+    computation would have all its tensors sharded alike. The n-th call after a sync always gets the n-th computation,
+    so that the next step's graph is the same.
+    """
+    metrics = importlib.import_module("torch_xla.debug.metrics")
+    step = metrics.counter_value("MarkStep")
+    known_step, turns = program.embedded.get("turns", (None, {}))
+    if known_step != step:
+        turns = {}
+        program.embedded["turns"] = step, turns
+    turn = turns[key] = turns.get(key, -1) + 1
+    place = key if turn % _GROUPS == 0 else (key, turn % _GROUPS)
+    found: Embedded | None = program.embedded.get(place)
+    if found is None:
+        # A function of its own: jax keeps what it lowered, group numbers included, by function.
+        found = program.embedded[place] = _embed(program, tensors, lambda *arrays: program.body(*arrays))
+    return found
 
 
 def record_plain(
@@ -45,11 +83,10 @@ def record_plain(
             return None
         key.append((tensor.shape, tensor.dtype))
     known = program.embedded.get((*key, _configuration()))
-    if known is None:
+    if known is None or known.grouped:
         return None
-    name, computation, tree, record = known
     program.calls += 1
-    return record(name, tensors, computation), tree
+    return known.record(known.name, tensors, known.computation), known.tree
 
 
 def _configuration() -> tuple[Any, ...]:
@@ -58,8 +95,8 @@ def _configuration() -> tuple[Any, ...]:
     return config.jax_enable_x64, config.jax_default_matmul_precision, config.jax_numpy_dtype_promotion
 
 
-def _embed(program: Program, tensors: Sequence[torch.Tensor]) -> tuple[str, Any, Any, Any]:
-    """(node's name, XLA computation, pytree of the results, function that records it) for tensors of these shapes."""
+def _embed(program: Program, tensors: Sequence[torch.Tensor], fn: Callable[..., Any] | None = None) -> Embedded:
+    """The program, or `fn` in its place, lowered for tensors of these shapes."""
     native = importlib.import_module("torch_xla")._XLAC
     device = importlib.import_module("torch_xla.runtime").device_type()
     platform = _PLATFORMS.get(device)
@@ -70,7 +107,7 @@ def _embed(program: Program, tensors: Sequence[torch.Tensor]) -> tuple[str, Any,
     arguments = [run.jax.ShapeDtypeStruct(tuple(t.shape), run.to_numpy_dtype[t.dtype]) for t in tensors]
     with x64([tensor.dtype for tensor in tensors]):
         # An argument that the function ignores stays a parameter: the graph hands over all of them.
-        jitted = run.jax.jit(program.counted, keep_unused=True)
+        jitted = run.jax.jit(fn or program.counted, keep_unused=True)
         if platform == "tpu":
             # torch_xla's libtpu may be older than jax (2.9 asks for 0.0.21, which knows no Pallas kernel that jax 0.7.1
             # lowers for its own libtpu); only an exported function keeps to what was known a few weeks earlier.
@@ -79,7 +116,8 @@ def _embed(program: Program, tensors: Sequence[torch.Tensor]) -> tuple[str, Any,
         lowered = jitted.trace(*arguments).lower(lowering_platforms=(platform,))
         hlo = lowered.compiler_ir("hlo")
     leaves, tree = run.flatten(lowered.out_info)
-    foreign = sorted(set(_JAX_ONLY.findall(hlo.as_hlo_text())))
+    text = hlo.as_hlo_text()
+    foreign = sorted(set(_JAX_ONLY.findall(text)))
     if foreign:
         raise KernelError(
             f"call_jax({label}): it needs {', '.join(foreign)}, which only JAX's own runtime has and torch_xla's lacks "
@@ -95,4 +133,4 @@ def _embed(program: Program, tensors: Sequence[torch.Tensor]) -> tuple[str, Any,
                 f"call_jax({label}): result {index} has dtype {leaf.dtype}, which torch_xla would hand over as "
                 f"{tensor.dtype}; convert it in the function"
             )
-    return name, computation, tree, native._xla_user_computation
+    return Embedded(name, computation, tree, native._xla_user_computation, bool(_SHARD_GROUP.search(text)))

@@ -11,7 +11,7 @@ from typing import Any, Generic, Protocol, cast, overload
 import torch
 from typing_extensions import ParamSpec, TypeVar
 
-from . import _compat, call, devices, digest, fake, library, registry, select, signature, xla_writes
+from . import _compat, call, devices, digest, fake, library, registry, runner, select, signature, xla_writes
 from .errors import DuplicateOpError, RegistrationError, SignatureError
 from .spec import REFERENCE, REFERENCE_PRIORITY, KernelSpec, OpSpec
 
@@ -46,15 +46,18 @@ class Op(Generic[P, R]):
 
     def define(self) -> None:
         """Make the torch operator. Called once, by register_op."""
-        if library.is_defined(self.name):
+        try:
+            self.overload = library.define(self.name, self.spec.schema, self.spec.tags)
+        except RuntimeError:
+            if not library.is_defined(self.name):
+                raise
             raise DuplicateOpError(
                 f"{self.name} is already a torch operator, defined outside opreg with schema "
                 f"{library.overload(self.name)._schema}; choose another name"
-            )
-        self.overload = library.define(self.name, self.spec.schema, self.spec.tags)
+            ) from None
         self.calls = call.Calls(self)
         library.implement(self.name, self.calls.entry)
-        library.fake(self.name, fake.make_fake(self))
+        library.fake(self.name, fake.make_fake(self), self.spec.source)
         xla_writes.catch(self)
         self.function = cast(OpFunction[P, R], self.calls.public)
         self._dress(self.calls.public)
@@ -89,10 +92,10 @@ class Op(Generic[P, R]):
         return self.spec.digest(), self.body.__module__, digest.of_code(self.body)
 
     def call_with(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        return call.call_with(self.spec, fn, args)
+        return runner.call_with(self.spec, fn, args)
 
     def gather(self, many: Callable[[tuple[Any, ...]], Any]) -> Callable[..., Any]:
-        return call.gather(self.spec, many)
+        return runner.gather(self.spec, many)
 
     def force(self, change: int) -> None:
         """Count of active use_kernel blocks; runners are rebuilt when it leaves or reaches zero."""
@@ -115,8 +118,8 @@ class Op(Generic[P, R]):
     ) -> Any:
         """Add a kernel for one or several device types (None: every device). Usable as a decorator without `target`.
 
-        target: a callable, or "module:function", imported at first use. Its parameters are the op's, in the same order.
         target: a callable, or "module:function", imported at first use, with the op's parameters in the op's order.
+        requires: modules that must be installed, "module" or "module>=1.2"; they are looked up and not imported.
         why_not: takes the op's arguments; returns None to accept the call, or the reason for refusing it.
         priority: the largest that accepts wins; two kernels with equal priority on one device are an error.
 

@@ -42,7 +42,7 @@ def compiled_graphs() -> CompiledGraphs:
             why = getattr(metrics, "recompile_reason", None)
             if why:
                 reasons.append(f"torch.compile: {metrics.co_name}: {why}")
-    bridge: Any = sys.modules.get("opreg.jax_bridge_programs")
+    bridge: Any = sys.modules.get("opreg.jax_bridge_cache")
     traces = 0
     if bridge is not None:
         info = bridge.jax_cache_info()
@@ -64,10 +64,10 @@ def no_recompiles() -> Iterator[None]:
     the reason; torch_xla, which compiles behind the scenes, is found out at the end of the block. For the whole
     process, not for the thread.
     """
-    from . import jax_bridge_programs
+    from . import jax_bridge_cache
 
     before = _xla_graphs()
-    jax_bridge_programs.state.forbidden += 1
+    jax_bridge_cache.state.forbidden += 1
     try:
         with torch.compiler.set_stance("fail_on_recompile"):
             yield
@@ -78,7 +78,7 @@ def no_recompiles() -> Iterator[None]:
             f"inside no_recompiles(): torch.compile met a call that needs a new graph: {error}"
         ) from error
     finally:
-        jax_bridge_programs.state.forbidden -= 1
+        jax_bridge_cache.state.forbidden -= 1
     after = _xla_graphs()
     if after is not None and before is not None and after > before:
         raise RecompileError(

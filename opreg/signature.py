@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections.abc
 import dis
 import enum
+import functools
 import inspect
 import types
 import typing
@@ -50,7 +51,7 @@ class _Front:
         # Names of the enclosing function are visible to its annotations too, as they are to its body.
         cells = inspect.getclosurevars(self.fn).nonlocals if self.fn.__closure__ else {}
         try:
-            return typing.get_type_hints(self.fn, localns=dict(cells) or None, include_extras=True)
+            return _type_hints(self.fn, dict(cells) or None)
         except NameError as error:
             raise SignatureError(
                 f"{self.name}: an annotation names '{error.name}', which is not defined in module "
@@ -138,6 +139,23 @@ class _Front:
             return parse(text)
         except ShapeSyntaxError as error:
             raise SignatureError(f"{self.name}: contract of '{parameter}': {error}") from None
+
+
+@functools.lru_cache(maxsize=1024)
+def _parsed(annotation: str) -> types.CodeType:
+    return compile(annotation, "<annotation>", "eval")
+
+
+def _type_hints(fn: Callable[..., Any], local: dict[str, Any] | None) -> dict[str, Any]:
+    """typing.get_type_hints, which parses every annotation of every function anew (half of what reading an op cost)."""
+    evaluated = types.SimpleNamespace(
+        __globals__=fn.__globals__,
+        __annotations__={
+            name: eval(_parsed(hint), fn.__globals__, local) if isinstance(hint, str) else hint
+            for name, hint in fn.__annotations__.items()
+        },
+    )
+    return typing.get_type_hints(evaluated, localns=local, include_extras=True)
 
 
 def _is_jaxtyping(hint: Any) -> bool:
@@ -254,9 +272,10 @@ def _read_parameter(
         default = default.value
     if hint.choices is not None and default is not REQUIRED and default is not None and default not in hint.choices:
         raise front.refuse(parameter.name, f"has default {default!r}", f"choose one of {list(hint.choices)}")
+    written = _schema_of_parameter(front, parameter, hint.bare, parameter.empty if default is REQUIRED else default)
     arg = ArgSpec(
         name=parameter.name,
-        type="",
+        type=written.split(" ", 1)[0],
         shape=hint.shape,
         dtype=hint.dtype,
         default=default,
@@ -266,32 +285,35 @@ def _read_parameter(
         layer=hint.layer,
         choices=hint.choices,
     )
-    bare = parameter.replace(
-        annotation=hint.bare,
-        default=parameter.empty if default is REQUIRED else default,
-        kind=parameter.POSITIONAL_OR_KEYWORD,
-    )
-    written = _schema_of_parameter(front, bare)
-    return replace(arg, type=written.split(" ", 1)[0]), written
+    return arg, written
 
 
-def _schema_of_parameter(front: _Front, parameter: inspect.Parameter) -> str:
+# (annotation, type and text of the default): what torch makes of such a parameter, 30 us a question.
+_ASKED: dict[Any, tuple[str, str]] = {}
+
+
+def _schema_of_parameter(front: _Front, parameter: inspect.Parameter, bare: Any, default: Any) -> str:
     """'Tensor? bias=None', 'SymInt n', ...; torch is asked for one parameter at a time so that the message is short."""
-    # The common case without a call into torch (30 us each).
-    if parameter.annotation is torch.Tensor and parameter.default is parameter.empty:
-        return f"Tensor {parameter.name}"
+    asked = (bare, type(default), repr(default))
+    if asked in _ASKED:
+        kind, rest = _ASKED[asked]
+        return f"{kind} {parameter.name}{rest}"
+    parameter = parameter.replace(annotation=bare, default=default, kind=parameter.POSITIONAL_OR_KEYWORD)
     try:
         _check_default(parameter)
         schema = library.infer_schema(inspect.Signature([parameter], return_annotation=None), ())
     except (ValueError, TypeError):
         known = "Tensor, int, float, bool, str, torch.dtype, torch.device, list[...] of these, '... | None', Literal"
-        default = "" if parameter.default is parameter.empty else f" and default {parameter.default!r}"
+        shown = "" if default is parameter.empty else f" and default {default!r}"
         raise front.refuse(
             parameter.name,
-            f"has type {_show(parameter.annotation)}{default}, which torch schemas lack",
+            f"has type {_show(bare)}{shown}, which torch schemas lack",
             f"use one of {known}, with a default of that type",
         ) from None
-    return schema[1 : schema.rindex(") ->")]
+    text = schema[1 : schema.rindex(") ->")]
+    kind, _, rest = text.partition(" ")
+    _ASKED[asked] = kind, rest.removeprefix(parameter.name)
+    return text
 
 
 def _check_default(parameter: inspect.Parameter) -> None:
@@ -397,6 +419,8 @@ def source_of(fn: Callable[..., Any]) -> str:
 
 def _is_declaration(fn: Callable[..., Any]) -> bool:
     """Whether the body is only a docstring and '...': the op is declared, its reference is a kernel."""
+    if fn.__code__.co_names:
+        return False
     nothing = {"RESUME", "NOP", "LOAD_CONST", "RETURN_CONST", "RETURN_VALUE", "COPY_FREE_VARS"}
     return all(
         step.opname in nothing and (step.opname not in ("LOAD_CONST", "RETURN_CONST") or step.argval is None)

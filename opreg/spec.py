@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from .requires import lacking, split
 from .shapes import Shape
 
 KINDS = ("attention",)
@@ -92,6 +92,10 @@ class KernelSpec:
     priority: int = 0
     source: str = field(default="", compare=False)
 
+    def __post_init__(self) -> None:
+        for requirement in self.requires:
+            split(requirement, f"kernel {self.name}")
+
     def takes(self, device_type: str) -> bool:
         return self.device_types is None or device_type in self.device_types
 
@@ -100,15 +104,9 @@ class KernelSpec:
         return "any" if self.device_types is None else " ".join(self.device_types)
 
     def missing(self) -> str | None:
-        """'needs triton' for a required module that is not installed; found with find_spec, never imported."""
-        absent = [name for name in self.requires if not _installed(name)]
+        """'needs triton' for a required module that is not installed, or too old; looked up, never imported."""
+        absent = [reason for requirement in self.requires if (reason := lacking(requirement)) is not None]
         return f"needs {', '.join(absent)}" if absent else None
-
-
-def _installed(module: str) -> bool:
-    parent = module.rpartition(".")[0]
-    # find_spec of a dotted name imports the parent and raises if it is absent, so parents are looked for first.
-    return (not parent or _installed(parent)) and importlib.util.find_spec(module) is not None
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,7 +37,11 @@ def catch(op: Op) -> None:
         with torch._C._AutoDispatchBelowAutograd():
             return op.call_with(op.calls.entry if real else op.overload, args)
 
-    library.implement(op.name, op.gather(on_xla), "AutogradXLA")
+    @functools.cache
+    def gathered() -> Callable[..., Any]:
+        return op.gather(on_xla)  # made at the first call: most processes never have a tensor of torch_xla
+
+    library.implement(op.name, lambda *args, **kwargs: gathered()(*args, **kwargs), "AutogradXLA")
 
 
 @functools.cache

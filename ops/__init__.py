@@ -14,3 +14,6 @@ from .ragged_paged_attention import ragged_paged_attention_lse as ragged_paged_a
 from .ragged_paged_attention_update import ragged_paged_attention_update as ragged_paged_attention_update
 from .rms_norm import rms_norm as rms_norm
 from .segment_sum import segment_sum as segment_sum
+from .shard_alike import shard_alike as shard_alike
+from .splash_attention import splash_attention as splash_attention
+from .splash_attention import splash_attention_backward as splash_attention_backward

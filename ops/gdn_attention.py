@@ -65,7 +65,8 @@ def gdn_attention(
         reorder_input True: [q of all | k of all | v of all | z of all] and [b of all | a of all].
     num_k_heads, num_v_heads: of the whole model; tp_size ranks share them.
     conv_state: [slots, width - 1 or more, 2*hk*K + hv*V], the last inputs of the convolution, oldest first, in the
-        model's dtype. ssm_state: [slots, hv, V, K], float32, bfloat16 or float16. Only the slots' stride is free.
+        model's dtype; what stands in further rows means nothing. ssm_state: [slots, hv, V, K], float32, bfloat16 or
+        float16. Only the slots' stride is free.
     conv_weights: [2*hk*K + hv*V, width], channels [q of all | k of all | v of all] in either packing.
     activation: "silu" or "swish", the same function. A_log: logarithm of the decay rate.
     num_prefills + num_decodes: how many sequences there are, in any order; longer index tensors are cut.
@@ -75,7 +76,9 @@ def gdn_attention(
     non_spec_state_indices_tensor: slot per sequence, -1 skips the sequence.
     num_spec_decodes: how many further sequences verify drafts, each as many as it has; spec_query_start_loc and
         spec_token_indx are theirs, as above, and a batch with both kinds needs both token indices.
-    spec_state_indices_tensor: [sequences, drafts + 1] slots: both states after token t of the step go to column t.
+    spec_state_indices_tensor: [sequences, drafts + 1] slots: both states after token t of the step go to column t. All
+        kernels of this op keep a cache so, and any of them continues another's. Kernels that keep one rolling buffer of
+        width - 1 + drafts rows in column 0 (vLLM's, and Intel's own since 0.1.14) must not share a cache with it.
     num_accepted_tokens: how many tokens of its previous step each such sequence keeps; it goes on from column
         max(accepted - 1, 0). A plain step that follows a speculative one names that slot in source_state_indices.
     num_actual_tokens: rows from here on are padding; None means that there is no padding.
@@ -94,6 +97,20 @@ gdn_attention.register_kernel(None, "opreg.kernels.reference.gdn:gdn_attention",
 gdn_attention.register_kernel(None, "opreg.kernels.cpu.gdn_torch:gdn_attention_torch", priority=-50)
 gdn_attention.register_kernel(
     "cpu", "opreg.kernels.cpu.gdn:gdn_attention", why_not="opreg.kernels.cpu.gdn:why_not", priority=10
+)
+gdn_attention.register_kernel(
+    "xpu",
+    "opreg.kernels.xpu.gdn:gdn_attention",
+    requires="vllm_xpu_kernels>=0.1.12",  # earlier ones write past the end of tensors
+    why_not="opreg.kernels.xpu.gdn:why_not",
+    priority=10,
+)
+gdn_attention.register_kernel(
+    ("cuda", "xpu"),
+    "opreg.kernels.triton.gdn:gdn_attention",
+    requires="triton",
+    why_not="opreg.kernels.triton.gdn:why_not",
+    priority=5,
 )
 gdn_attention.tolerance(torch.float32, 1e-5, "sums over tokens, keys and taps in another order")
 gdn_attention.tolerance(torch.bfloat16, 5e-3, "one rounding of the output; bfloat16 products inside a chunk")

@@ -42,10 +42,14 @@ kv_cache_update.register_kernel(
     "cpu", "opreg.kernels.cpu.rpa_cpp_update:rpa_cpp_write", why_not="opreg.kernels.cpu.rpa_cpp_update:why_not_update"
 )
 kv_cache_update.register_kernel(
-    "xla", from_jax("opreg.kernels.pallas.rpa_xla:kv_cache_update", mutates_args="kv_pages"), requires="jax"
+    ("xla", "tpu"), from_jax("opreg.kernels.pallas.rpa_xla:kv_cache_update", mutates_args="kv_pages"), requires="jax"
 )
 kv_cache_update.register_kernel(
-    "tpu", "opreg.kernels.pallas.rpa_torch_tpu:torch_tpu_kv_cache_update", requires=("torch_tpu", "jax")
+    ("cuda", "xpu"),
+    "opreg.kernels.triton.kv_cache_update:kv_cache_update",
+    requires="triton",
+    why_not="opreg.kernels.triton.kv_cache_update:why_not",
+    priority=5,
 )
 for _dtype in (torch.float32, torch.bfloat16, torch.float16):
     kv_cache_update.tolerance(_dtype, 0.0, "numbers are copied, or rounded once to nearest even")

@@ -82,15 +82,21 @@ def ragged_paged_attention_lse(
 
 
 _CPP = "opreg.kernels.cpu.rpa_cpp"
-_XLA, _TPU = "opreg.kernels.pallas.rpa_xla", "opreg.kernels.pallas.rpa_torch_tpu"
-_WHY_NOT = "opreg.kernels.pallas.rpa_why_not:why_not"
+_XLA, _WHY_NOT = "opreg.kernels.pallas.rpa_xla", "opreg.kernels.pallas.rpa_why_not:why_not"
+_TRITON = "opreg.kernels.triton.rpa"
 for _op, _suffix in ((ragged_paged_attention, ""), (ragged_paged_attention_lse, "_lse")):
     _op.register_kernel(None, f"opreg.kernels.reference.paged_attention:ragged_paged_attention{_suffix}", priority=-100)
     _op.register_kernel(None, f"opreg.kernels.cpu.rpa_torch:rpa_torch{_suffix}", priority=-50)
     _op.register_kernel("cpu", f"{_CPP}:rpa_cpp{_suffix}", why_not=f"{_CPP}:why_not")
-    _op.register_kernel("xla", from_jax(f"{_XLA}:rpa{_suffix}"), requires="jax", why_not=_WHY_NOT)
-    _op.register_kernel("xla", from_jax(f"{_XLA}:rpa_plain{_suffix}"), requires="jax", priority=-10)
-    _op.register_kernel("tpu", f"{_TPU}:torch_tpu_rpa{_suffix}", requires=("torch_tpu", "jax"), why_not=_WHY_NOT)
+    _op.register_kernel(("xla", "tpu"), from_jax(f"{_XLA}:rpa{_suffix}"), requires="jax", why_not=_WHY_NOT)
+    _op.register_kernel(("xla", "tpu"), from_jax(f"{_XLA}:rpa_plain{_suffix}"), requires="jax", priority=-10)
+    _op.register_kernel(
+        ("cuda", "xpu"),
+        f"{_TRITON}:ragged_paged_attention{_suffix}",
+        requires="triton",
+        why_not=f"{_TRITON}:why_not",
+        priority=5,
+    )
     _op.tolerance(torch.float32, 1e-5, "sums of a few thousand float32 terms in another order")
     _op.tolerance(torch.bfloat16, 2e-2, "inputs and output are rounded to 8 bits, weights may be too")
     _op.tolerance(torch.float16, 2e-3, "inputs and output are rounded to 11 bits, weights may be too")

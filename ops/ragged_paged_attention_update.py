@@ -54,13 +54,17 @@ ragged_paged_attention_update.register_kernel(None, "opreg.kernels.cpu.rpa_torch
 ragged_paged_attention_update.register_kernel("cpu", f"{_CPP}:rpa_cpp_fused", why_not=f"{_CPP}:why_not_fused")
 _XLA, _WHY_NOT = "opreg.kernels.pallas.rpa_xla", "opreg.kernels.pallas.rpa_why_not:why_not_update"
 ragged_paged_attention_update.register_kernel(
-    "xla", from_jax(f"{_XLA}:rpa_update", mutates_args="kv_pages"), requires="jax", why_not=_WHY_NOT
+    ("xla", "tpu"), from_jax(f"{_XLA}:rpa_update", mutates_args="kv_pages"), requires="jax", why_not=_WHY_NOT
 )
 ragged_paged_attention_update.register_kernel(
-    "xla", from_jax(f"{_XLA}:rpa_plain_update", mutates_args="kv_pages"), requires="jax", priority=-10
+    ("xla", "tpu"), from_jax(f"{_XLA}:rpa_plain_update", mutates_args="kv_pages"), requires="jax", priority=-10
 )
 ragged_paged_attention_update.register_kernel(
-    "tpu", "opreg.kernels.pallas.rpa_torch_tpu:torch_tpu_rpa_update", requires=("torch_tpu", "jax"), why_not=_WHY_NOT
+    ("cuda", "xpu"),
+    "opreg.kernels.triton.rpa:ragged_paged_attention_update",
+    requires="triton",
+    why_not="opreg.kernels.triton.rpa:why_not_update",
+    priority=5,
 )
 for _dtype, _rms in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)):
     ragged_paged_attention_update.tolerance(_dtype, _rms, "that of opreg::ragged_paged_attention")

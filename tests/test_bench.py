@@ -1,8 +1,10 @@
 """opreg bench: what the timers promise, and the command's output. No test here depends on how long anything takes."""
 
+import importlib
 import json
 
 import pytest
+import torch
 
 from opreg.bench import interleave, per_call
 from opreg.cli import main
@@ -40,7 +42,7 @@ def test_command_times_each_kernel_beside_the_reference(capsys):
     assert all(row["ratio"] == 1 for row in rows if row["what"] == row["baseline"] == "reference")
     assert main(["bench", "opreg::rms_norm", "--seconds", "0"]) == 0
     head, first = capsys.readouterr().out.splitlines()[:2]
-    assert head.split() == ["INPUT", "WHAT", "TIME", "FASTER", "THAN"]
+    assert head.split() == ["INPUT", "WHAT", "TIME", "FASTER", "THAN", "THE", "OF"]
     assert first.startswith("0: x f32[1, 1], weight f32[1]")
 
 
@@ -61,3 +63,119 @@ def test_an_op_or_the_framework_must_be_named(capsys):
         main(["bench"])
     assert caught.value.code == 2
     assert "give an operator's name, or --framework" in capsys.readouterr().err
+
+
+@pytest.fixture
+def doubled(tmp_path, monkeypatch, request):
+    """An op of a package of its own, `mylib.doubled`, with a module of workloads as the test wants it."""
+    names = iter(f"bench_lib_{i}" for i in range(9))
+
+    def make(workloads: str) -> str:
+        # A name of its own per test: registrations last for the process.
+        package = f"{request.node.name.split('[')[0]}_{next(names)}"
+        folder = tmp_path / package
+        folder.mkdir()
+        (folder / "__init__.py").touch()
+        (folder / "op.py").write_text(OP.replace("PACKAGE", package))
+        if workloads:
+            (folder / "op_bench.py").write_text(workloads.replace("PACKAGE", package))
+        (folder / "others.py").write_text(OTHERS)
+        monkeypatch.syspath_prepend(tmp_path)
+        importlib.invalidate_caches()
+        importlib.import_module(f"{package}.op")
+        return f"{package}::doubled"
+
+    return make
+
+
+OP = """
+from typing import Annotated
+from torch import Tensor
+import torch
+from opreg import register_op
+
+@register_op("PACKAGE::doubled")
+def doubled(x: Annotated[Tensor, "n"]) -> Annotated[Tensor, "n"]:
+    return 2 * x
+
+@doubled.register_kernel("cpu")
+def fast(x: Tensor) -> Tensor:
+    return x + x
+
+@doubled.register_inputs
+def inputs(device, dtype, generator):
+    yield {"x": torch.ones(3, dtype=dtype, device=device)}
+"""
+OTHERS = """
+def by_sum(call):
+    return lambda: call["x"] + call["x"]
+
+def absent(call):
+    return "otherlib is not installed"
+"""
+WORKLOADS = """
+import torch
+def doubled(device, generator, dtype=torch.bfloat16):
+    for n in (4, 8):
+        baselines = {"sum": "PACKAGE.others:by_sum", "gone": "PACKAGE.others:absent"}
+        x = torch.ones(n, dtype=dtype, device=device)
+        case = {"name": f"n={n}", "inputs": {"x": x}, "baselines": baselines}
+        yield {**case, "bytes": 64_000_000, "flops": 4_000_000_000}
+"""
+
+
+def bench(capsys, *arguments: str) -> list[dict]:
+    assert main(["bench", *arguments, "--seconds", "0", "--json"]) == 0
+    found: list[dict] = json.loads(capsys.readouterr().out)["bench"]
+    return found
+
+
+def test_workloads_are_timed_beside_their_baselines_and_floors(capsys, doubled):
+    name = doubled(WORKLOADS)
+    rows = bench(capsys, name, "--threads", "1")
+    assert [row["input"] for row in rows] == ["n=4"] * 4 + ["n=8"] * 4
+    assert {row["what"] for row in rows} == {"op/fast"}
+    by_sum, gone, copy, product = rows[:4]
+    assert by_sum["baseline"] == "sum"
+    assert by_sum["ratio"] == pytest.approx(by_sum["seconds"] / by_sum["baseline_seconds"])
+    assert (gone["ratio"], gone["why"]) == (None, "baseline missing: otherlib is not installed")
+    # The floor is the work over the rate that the row names.
+    for row, work, what in ((copy, 0.064, "GB/s of a copy"), (product, 4.0, "GFLOP/s of a matrix product")):
+        rate = float(row["baseline"].split(" at the ")[1].split()[0])
+        assert what in row["baseline"]
+        assert row["baseline_seconds"] == pytest.approx(work / rate, rel=1e-2)
+    assert len(bench(capsys, name, "--case", "n=8", "--all-kernels")) == 8
+
+
+def test_workloads_of_another_dtype_and_samples_instead(capsys, doubled):
+    name = doubled(WORKLOADS)
+    rows = bench(capsys, name, "--samples", "--dtype", "float64")
+    assert [(row["input"], row["baseline"]) for row in rows] == [("0: x f64[3]", "reference")] * 2
+    text = main(["bench", name, "--case", "n=4", "--seconds", "0"]), capsys.readouterr().out
+    assert text[0] == 0
+    assert "baseline missing: otherlib is not installed" in text[1]
+    assert text[1].count("n=4") == 1
+
+
+def test_what_is_wrong_about_workloads_is_said(capsys, doubled):
+    def message(workloads: str, *more: str) -> tuple[int, str]:
+        return main(["bench", doubled(workloads), "--seconds", "0", *more]), capsys.readouterr().err
+
+    assert message(WORKLOADS, "--case", "n=5")[0] == 2
+    assert "has no workload 'n=5'; it has n=4, n=8" in message(WORKLOADS, "--case", "n=5")[1]
+    assert "has no workloads" in message("", "--case", "n=5")[1]
+    code, text = message(WORKLOADS.replace("others:by_sum", "others:by_sun"))
+    assert code == 1
+    assert "has no 'by_sun'. Did you mean 'by_sum'?" in text
+    code, text = message(WORKLOADS.replace('"flops"', '"flop"'))
+    assert code == 1
+    assert "a case is a dict with name, inputs, baselines, bytes, flops" in text
+
+
+def test_the_number_of_threads_is_given_back(capsys, doubled):
+    before = torch.get_num_threads()
+    bench(capsys, doubled(WORKLOADS), "--case", "n=4", "--threads", str(before + 1))
+    assert torch.get_num_threads() == before
+    with pytest.raises(SystemExit):
+        main(["bench", "opreg::rms_norm", "--threads", "0"])
+    assert "--threads: 0 is no number of threads" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Who may import whom: the rules that keep listing an op free of vendors and the folders free of cycles."""
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -41,6 +42,24 @@ def test_declaring_the_shipped_ops_loads_no_vendor_and_no_compiler() -> None:
     *found, new = done.stdout.split()
     assert found == []
     assert int(new) > 10
+
+
+def test_importing_opreg_costs_a_hundredth_of_importing_torch(tmp_path: Path) -> None:
+    """The budget is 10 ms of CPU on a machine where torch takes 1.4 s; imported again, so that no file is compiled."""
+    probe = (
+        "import sys, time; sys.dont_write_bytecode = False; a = time.process_time(); import torch\n"
+        "torch_seconds, least = time.process_time() - a, 1e9\n"
+        "for _ in range(5):\n"
+        "    for name in [m for m in sys.modules if m.partition('.')[0] == 'opreg']: del sys.modules[name]\n"
+        "    a = time.process_time(); from opreg import register_op\n"
+        "    least = min(least, time.process_time() - a)\n"
+        "print(least / torch_seconds, any(m.startswith(('torch._dynamo', 'torch._inductor')) for m in sys.modules))"
+    )
+    environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True, env=environment)
+    ratio, compilers = done.stdout.split()
+    assert float(ratio) < 0.015
+    assert compilers == "False"
 
 
 def imports(source: str, inside_functions: bool = True) -> set[str]:

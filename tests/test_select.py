@@ -1,5 +1,6 @@
 """Kernels: which one runs, why the others do not, how a choice is forced, what is refused."""
 
+import importlib
 import logging
 import sys
 import threading
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from opreg import KernelError, RegistrationError, SignatureError, UnknownOpError, register_op, use_kernel
 from opreg.select import explain
+from opreg.spec import KernelSpec
 
 X = torch.ones(4)
 
@@ -177,6 +179,42 @@ def test_use_kernel_is_for_this_thread_only():
         thread.join()
         assert ran(op) == 0
     assert seen == [1]
+
+
+@pytest.mark.parametrize(
+    ("requirement", "version", "why"),
+    [
+        ("acme_math>=1.2", None, "needs acme_math>=1.2"),
+        ("acme_math>=1.2", "", "needs acme_math>=1.2 (its version is not known)"),
+        ("acme_math>=1.2", "1.1.9", "needs acme_math>=1.2 (1.1.9 is installed)"),
+        ("acme_math>=1.2", "1.2rc1", "needs acme_math>=1.2 (1.2rc1 is installed)"),
+        ("acme_math>=1.2", "1.2.dev3+g0a", "needs acme_math>=1.2 (1.2.dev3+g0a is installed)"),
+        ("acme_math>=1.2", "1.2.0", None),
+        ("acme_math>=1.2.0", "1.2", None),
+        ("acme_math.sub>=1.2", "1.10", None),
+        ("acme_math", "0.1", None),
+    ],
+)
+def test_a_required_version_is_read_without_importing(tmp_path, monkeypatch, requirement, version, why):
+    if version is not None:
+        package = tmp_path / "acme_math"
+        package.mkdir()
+        (package / "__init__.py").write_text("raise AssertionError('imported')" if "." not in requirement else "")
+        (package / "sub.py").write_text("raise AssertionError('imported')")
+        if version:
+            facts = tmp_path / f"acme_math-{version}.dist-info"
+            facts.mkdir()
+            (facts / "METADATA").write_text(f"Metadata-Version: 2.1\nName: acme-math\nVersion: {version}\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        importlib.invalidate_caches()
+    assert KernelSpec("acme/kernel", None, "acme:kernel", (requirement,)).missing() == why
+    sys.modules.pop("acme_math", None)
+
+
+@pytest.mark.parametrize("requirement", ["acme-math", "acme>1", "acme>=", "acme>=1.2,<2", ""])
+def test_a_requirement_of_another_form_is_refused(requirement):
+    with pytest.raises(RegistrationError, match=r"is neither 'module' nor 'module>=1\.2'"):
+        new_op("form").register_kernel("cpu", returning(1, "form"), requires=requirement)
 
 
 def test_a_forced_kernel_that_cannot_run_raises():

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-OP = "opreg::gdn_attention"
+from .gdn_checks import check_checkpoints, check_index, check_initial, check_speculative
+from .gdn_checks import fail as fail
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS = ("silu", "swish")
-
-
-def fail(text: str) -> NoReturn:
-    """Raise ValueError with the op's name in front."""
-    raise ValueError(f"{OP}: {text}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,10 +154,7 @@ def sizes(
 
 def integers(name: str, t: Tensor, count: int, per: str) -> list[int]:
     """Return the first `count` entries of a one-dimensional index tensor."""
-    if t.dtype not in (torch.int32, torch.int64):
-        fail(f"{name} is {t.dtype}, expected torch.int32 or torch.int64")
-    if t.dim() != 1 or t.shape[0] < count:
-        fail(f"{name} has shape {tuple(t.shape)}, expected at least ({count},): {per}")
+    check_index(name, t, count, per)
     out: list[int] = t[:count].tolist()
     return out
 
@@ -324,8 +317,7 @@ def _non_spec(
 def _checkpoints(tokens: Tensor | None, states: Tensor | None) -> list[tuple[int, int]]:
     if tokens is None and states is None:
         return []
-    if tokens is None or states is None or tokens.shape != states.shape:
-        fail("checkpoint_token_indx and checkpoint_state_indices must be given together and have one shape")
+    tokens, states = check_checkpoints(tokens, states)
     count = tokens.numel()
     at = integers("checkpoint_token_indx", tokens, count, "the last token of each checkpoint")
     return list(zip(at, integers("checkpoint_state_indices", states, count, "one slot for each"), strict=True))
@@ -342,20 +334,14 @@ def _spec(
     accepted_tokens: Tensor | None,
 ) -> list[Sequence]:
     """Speculative rows: column t of a row of state indices is the slot of the state after its token t."""
-    count = f"num_spec_decodes = {n}"
-    if query_start_loc is None or state_indices is None or accepted_tokens is None:
-        fail(f"{count} needs spec_query_start_loc, spec_state_indices_tensor and num_accepted_tokens")
-    starts = integers(
-        "spec_query_start_loc", query_start_loc, n + 1, f"the first token of each row ({count}), then the end"
+    query_start_loc, state_indices, accepted_tokens = check_speculative(
+        n, query_start_loc, state_indices, accepted_tokens
     )
+    starts: list[int] = query_start_loc[: n + 1].tolist()
     _starts("spec_query_start_loc", starts, s.actual, "num_actual_tokens")
     rows = _token_rows("spec_token_indx", token_indx, starts[-1], s.actual)
-    accepted = integers("num_accepted_tokens", accepted_tokens, n, f"one number for each row ({count})")
+    accepted: list[int] = accepted_tokens[:n].tolist()
     name = "spec_state_indices_tensor"
-    if state_indices.dtype not in (torch.int32, torch.int64):
-        fail(f"{name} is {state_indices.dtype}, expected torch.int32 or torch.int64")
-    if state_indices.dim() != 2 or state_indices.shape[0] < n or state_indices.shape[1] < 1:
-        fail(f"{name} has shape {tuple(state_indices.shape)}, expected at least ({n}, drafts + 1): {count}")
     columns: list[list[int]] = state_indices[:n].tolist()
     out: list[Sequence] = []
     for i, row in enumerate(columns):
@@ -390,9 +376,6 @@ def _non_spec_starts(t: Tensor | None, n: int, num_prefills: int, both: str) -> 
 def _has_initial(t: Tensor | None, n: int, both: str) -> list[bool]:
     if t is None:
         return [True] * n
-    if t.dtype != torch.bool:
-        fail(f"has_initial_state is {t.dtype}, expected torch.bool")
-    if t.dim() != 1 or t.shape[0] < n:
-        fail(f"has_initial_state has shape {tuple(t.shape)}, expected at least ({n},): {both}")
+    check_initial(t, n, both)
     out: list[bool] = t[:n].tolist()
     return out

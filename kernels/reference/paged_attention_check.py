@@ -172,7 +172,24 @@ def check_update(
     k_scale: float | None,
     v_scale: float | None,
 ) -> CacheShape:
-    """Check the arguments of a cache update, slots included; give the cache's sizes."""
+    """check_update_call, then the slots, which waits for a device; give the cache's sizes."""
+    cache = check_update_call(op, k, v, kv_pages, slot_mapping, kv_layout=kv_layout, k_scale=k_scale, v_scale=v_scale)
+    check_slots(op, slot_mapping, cache)
+    return cache
+
+
+def check_update_call(
+    op: str,
+    k: Tensor,
+    v: Tensor,
+    kv_pages: Tensor,
+    slot_mapping: Tensor,
+    *,
+    kv_layout: str,
+    k_scale: float | None,
+    v_scale: float | None,
+) -> CacheShape:
+    """Check shapes, dtypes and options of a cache update, whatever the tensors hold; give the cache's sizes."""
     check_scales(op, k_scale, v_scale)
     cache = check_new_tokens(op, k, v, kv_pages, kv_layout)
     if slot_mapping.dtype not in (torch.int32, torch.int64):
@@ -183,7 +200,6 @@ def check_update(
             f"slot_mapping is {tuple(slot_mapping.shape)}; it needs one slot per token of k, ({k.shape[0]},), "
             "-1 for padding rows",
         )
-    check_slots(op, slot_mapping, cache)
     return cache
 
 

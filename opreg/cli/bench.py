@@ -1,4 +1,5 @@
-"""`opreg bench OP`: every kernel that runs here, beside the reference, on the op's registered inputs, in one run.
+"""`opreg bench OP`: the workloads that the op's speed is quoted for, beside named baselines and the machine's floor in
+one run (see opreg.bench_cases); an op without any is timed on its registered inputs, every kernel beside the reference.
 
 `opreg bench --framework` times opreg's own calls, registration and look-up beside torch's ways of doing the same.
 """
@@ -6,6 +7,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fnmatch
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from opreg.bench import Timing
+    from opreg.bench_cases import Case
     from opreg.op import Op
 
 _SECTIONS = ("eager", "compiled", "registration", "context")
@@ -25,8 +30,16 @@ def add(commands: Any) -> None:
     parser = commands.add_parser("bench", parents=[start.options()], help="time kernels, or opreg itself")
     parser.add_argument("op", metavar="OP", nargs="?", help="its name; left out with --framework")
     parser.add_argument("--framework", nargs="*", choices=_SECTIONS, metavar="SECTION", help="what opreg itself costs")
+    parser.add_argument(
+        "--case", action="append", metavar="PATTERN", help="only these of the op's workloads, e.g. 'T=*'"
+    )
+    parser.add_argument("--samples", action="store_true", help="the registered inputs although there are workloads")
+    parser.add_argument("--all-kernels", action="store_true", help="with workloads: not only the kernel that would run")
     parser.add_argument("--device", default="cpu", help="device of the inputs (default: cpu)")
-    parser.add_argument("--dtype", default="float32", help="dtype of the inputs, as torch names it (default: float32)")
+    parser.add_argument(
+        "--dtype", help="dtype of the inputs, as torch names it (default: the workloads' own, or float32)"
+    )
+    parser.add_argument("--threads", type=int, help="torch's threads (default: what it has); with 1, CPU time is taken")
     parser.add_argument("--seconds", type=float, default=0.5, help="at least this long per input (default: 0.5)")
     parser.add_argument("--seed", type=int, default=0)
     parser.set_defaults(run=run, parser=parser)
@@ -35,7 +48,13 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     if (args.op is None) == (args.framework is None):
         args.parser.error("give an operator's name, or --framework")
-    rows = list(_framework(args) if args.framework is not None else _kernels(args))
+    if args.threads is not None and args.threads < 1:
+        args.parser.error(f"--threads: {args.threads} is no number of threads; give 1 or more")
+    if args.framework is not None:
+        rows = list(_framework(args))
+    else:
+        with _threads(args.threads):
+            rows = list(_operator(args))
     if args.json:
         start.print_json(start.envelope(bench=rows))
     else:
@@ -44,53 +63,134 @@ def run(args: argparse.Namespace) -> int:
     return start.OK if rows else start.NOTHING_RAN
 
 
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """torch's number of threads inside the block."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _framework(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from opreg.bench_framework import SECTIONS
 
     for section in args.framework or _SECTIONS:
         for row in SECTIONS[section]():
-            yield {"input": row.section, "what": row.what, "seconds": row.seconds, "baseline": row.baseline} | {
-                "ratio": row.ratio
-            }
+            base = row.seconds / row.ratio if row.ratio else None
+            yield _row(row.section, row.what, row.seconds, row.baseline, base)
 
 
-def _kernels(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def _operator(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     import torch
 
-    from opreg.bench import interleave
+    from opreg import bench_cases
     from opreg.errors import UnknownOpError
 
-    dtype = getattr(torch, args.dtype, None)
-    if not isinstance(dtype, torch.dtype):
+    dtype = None if args.dtype is None else getattr(torch, args.dtype, None)
+    if args.dtype is not None and not isinstance(dtype, torch.dtype):
         raise UnknownOpError(f"--dtype: torch has no dtype '{args.dtype}'")
     start.load_ops(args.verbose)
-    op = start.find_op(args.op)
-    device = torch.device(args.device)
-    for index, sample in enumerate(op.samples(args.device, dtype, args.seed)):
-        alternatives = _alternatives(op, device, sample)
-        timings = interleave(alternatives, seconds=args.seconds)
-        yield from _rows(f"{index}: {_label(sample)}", timings)
+    op, device = start.find_op(args.op), torch.device(args.device)
+    with torch.no_grad():
+        if args.samples or not bench_cases.has_cases(op):
+            if args.case:
+                raise UnknownOpError(
+                    f"--case: {op.name} has no workloads ({bench_cases.module_of(op)} would hold them)"
+                )
+            for index, sample in enumerate(op.samples(args.device, dtype or torch.float32, args.seed)):
+                timings = _interleave(args, device, _kernels(op, device, sample, every=True))
+                yield from _beside_reference(f"{index}: {_label(sample)}", timings)
+            return
+        names = []
+        for case in bench_cases.cases(op, device, dtype, args.seed):
+            names.append(case.name)
+            if args.case is None or any(fnmatch.fnmatchcase(case.name, pattern) for pattern in args.case):
+                yield from _beside_baselines(args, op, device, case)
+    for pattern in args.case or ():
+        if not fnmatch.filter(names, pattern):
+            raise UnknownOpError(f"--case: {op.name} has no workload '{pattern}'; it has {', '.join(names)}")
 
 
-def _alternatives(op: Op[..., Any], device: torch.device, sample: dict[str, Any]) -> dict[str, Callable[[], Any]]:
+def _kernels(
+    op: Op[..., Any], device: torch.device, inputs: dict[str, Any], every: bool
+) -> dict[str, Callable[[], Any]]:
     """{kernel: call} of the kernels that take this call; mutated arguments keep what earlier calls wrote."""
     from opreg.select import explain, load
 
-    everything = op.gather(lambda values: values)(**sample)
-    ready = [d.kernel for d in explain(op, device.type, everything).decisions if d.state in ("used", "ready")]
+    everything = op.gather(lambda values: values)(**inputs)
+    states = ("used", "ready") if every else ("used",)
+    ready = [d.kernel for d in explain(op, device.type, everything).decisions if d.state in states]
     return {kernel.name: partial(op.call_with, load(op, kernel), everything) for kernel in ready}
 
 
-def _rows(label: str, timings: dict[str, Timing]) -> Iterator[dict[str, Any]]:
+def _interleave(
+    args: argparse.Namespace, device: torch.device, calls: dict[str, Callable[[], Any]]
+) -> dict[str, Timing]:
+    """Times of whole calls: CPU time where there is one thread (other processes do not count), else wall time."""
+    import torch
+
+    from opreg.bench import interleave
+
+    if device.type == "cpu":
+        clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+        return interleave(calls, seconds=args.seconds, clock=clock)
+    wait = torch.get_device_module(device).synchronize
+
+    def finished(call: Callable[[], Any]) -> None:
+        call()
+        wait()
+
+    return interleave({name: partial(finished, call) for name, call in calls.items()}, seconds=args.seconds)
+
+
+def _beside_reference(label: str, timings: dict[str, Timing]) -> Iterator[dict[str, Any]]:
     baseline = "reference" if "reference" in timings else next(iter(timings), "")
     for what, timing in timings.items():
-        yield {
-            "input": label,
-            "what": what,
-            "seconds": timing.median,
-            "baseline": baseline,
-            "ratio": timing.median / timings[baseline].median,
-        }
+        yield _row(label, what, timing.median, baseline, timings[baseline].median)
+
+
+def _beside_baselines(
+    args: argparse.Namespace, op: Op[..., Any], device: torch.device, case: Case
+) -> Iterator[dict[str, Any]]:
+    """Every kernel beside every baseline, then beside the time that its bytes and its arithmetic take at least."""
+    import torch
+
+    from opreg import bench_cases
+
+    kernels = _kernels(op, device, dict(case.inputs), args.all_kernels)
+    found = {name: bench_cases.baseline(op, case, name) for name in case.baselines}
+    dtype = next(value.dtype for value in case.inputs.values() if isinstance(value, torch.Tensor))
+    limits = bench_cases.floors(device, dtype)
+    others = {name: call for name, call in found.items() if not isinstance(call, str)}
+    timings = _interleave(args, device, {**kernels, **others, **{name: call for name, (call, _) in limits.items()}})
+    copy, product = (limits[name][1] / timings[name].median for name in ("copy", "matrix product"))
+    floors = {
+        f"{case.bytes / 1e6:.3g} MB at the {copy / 1e9:.3g} GB/s of a copy": case.bytes / copy,
+        f"{case.flops / 1e9:.3g} GFLOP at the {product / 1e9:.3g} GFLOP/s of a matrix product": case.flops / product,
+    }
+    for kernel in kernels:
+        seconds = timings[kernel].median
+        for name, call in found.items():
+            if isinstance(call, str):
+                yield _row(case.name, kernel, seconds, name, None, f"baseline missing: {call}")
+            else:
+                yield _row(case.name, kernel, seconds, name, timings[name].median)
+        for what, least in floors.items():
+            yield _row(case.name, kernel, seconds, what, least)
+
+
+def _row(
+    label: str, what: str, seconds: float, baseline: str, base: float | None, why: str | None = None
+) -> dict[str, Any]:
+    """One line; `ratio` is None where there is no baseline, and `why` says why."""
+    ratio = seconds / base if base else None
+    row = {"input": label, "what": what, "seconds": seconds, "baseline": baseline, "ratio": ratio}
+    return {**row, "baseline_seconds": base, "why": why}
 
 
 def _label(sample: dict[str, Any]) -> str:
@@ -109,11 +209,14 @@ def _duration(seconds: float) -> str:
 
 
 def _text(rows: list[dict[str, Any]]) -> list[str]:
-    """A table; the input is named once. The last column is how many times faster than the baseline."""
-    cells, last = [], None
+    """A table; the input is named once. FASTER: how many times, than the time THAN THE ... OF what is named last."""
+    cells: list[tuple[str, ...]] = []
+    last = None
     for row in rows:
         faster = f"{1 / row['ratio']:.2f}x" if row["ratio"] else "-"
+        its = _duration(row["baseline_seconds"]) if row["baseline_seconds"] else "-"
         label = row["input"] if row["input"] != last else ""
-        cells.append((label, row["what"], _duration(row["seconds"]), faster, row["baseline"]))
+        than = f"{row['baseline']} ({row['why']})" if row["why"] else row["baseline"]
+        cells.append((label, row["what"], _duration(row["seconds"]), faster, its, than))
         last = row["input"]
-    return table.lines(("INPUT", "WHAT", "TIME", "FASTER", "THAN"), cells)
+    return table.lines(("INPUT", "WHAT", "TIME", "FASTER", "THAN THE", "OF"), cells)

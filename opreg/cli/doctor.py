@@ -79,11 +79,13 @@ def run(args: argparse.Namespace) -> int:
 def find_packages() -> list[Package]:
     """Optional packages, found without importing any of them."""
     from opreg import registry
+    from opreg.requires import split
 
     needed: dict[str, list[str]] = {name: [] for name in KNOWN}
     for op in registry.all_ops():
         for kernel in op.kernels:
-            for module in kernel.requires:
+            for requirement in kernel.requires:
+                module, _ = split(requirement, kernel.name)
                 needed.setdefault(module.partition(".")[0], []).append(kernel.name)
     distributions = packages_distributions()
     return [

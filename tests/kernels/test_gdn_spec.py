@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -28,9 +29,12 @@ def kernel(request: pytest.FixtureRequest) -> Kernel:
 class Server:
     """Serves sequences whose true tokens are known, with one row of slots each, and keeps what the op put out."""
 
-    def __init__(self, kernel: Kernel, lengths: list[int], drafts: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, kernel: Kernel, lengths: list[int], drafts: int, dtype: torch.dtype, heads: Heads | None = None
+    ) -> None:
         self.kernel, self.drafts = kernel, drafts
-        self.truth = make_call(lengths, Heads(1, 2), dtype=dtype, initial=[False] * len(lengths), spare_slots=0)
+        heads = heads or Heads(1, 2)
+        self.truth = make_call(lengths, heads, dtype=dtype, initial=[False] * len(lengths), spare_slots=0)
         self.starts = self.truth["non_spec_query_start_loc"].tolist()
         slots = len(lengths) * (drafts + 1)
         order = torch.randperm(slots, generator=torch.Generator().manual_seed(7))
@@ -92,8 +96,12 @@ class Server:
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
 def test_any_trajectory_equals_one_plain_call(kernel: Kernel, dtype: torch.dtype, limit: float) -> None:
-    drafts, lengths = 3, [40, 33, 29]
-    server = Server(kernel, lengths, drafts, dtype)
+    check_trajectory(Server(kernel, [40, 33, 29], 3, dtype), limit)
+
+
+def check_trajectory(server: Server, limit: float) -> None:
+    """Serve three sequences by a random mixture of plain and speculative steps; compare with one plain call."""
+    drafts, lengths = server.drafts, [b - a for a, b in pairwise(server.starts)]
     rng = random.Random(3)
     seed = 0
     while any(d < n for d, n in zip(server.done, lengths, strict=True)):

@@ -1,5 +1,6 @@
 """The paged-attention operators as users meet them: eager, compiled, in a layer, and their words on wrong input."""
 
+import importlib.util
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from opreg.ops.paged_attention_inputs import make_batch
 
 import opreg
 from opreg.context import layer_handle
+from opreg.select import explain
 
 
 @pytest.mark.parametrize(
@@ -26,6 +28,19 @@ from opreg.context import layer_handle
 def test_opcheck(op: Any) -> None:
     for call in op.samples("cpu", torch.float32):
         torch.library.opcheck(op.overload, (), call)
+
+
+@pytest.mark.parametrize("device", ["cuda", "xpu"])
+@pytest.mark.parametrize(
+    "op", [ragged_paged_attention, ragged_paged_attention_lse, kv_cache_update, ragged_paged_attention_update]
+)
+def test_the_triton_kernel_is_first_on_gpus(op: Any, device: str) -> None:
+    first = explain(op.op, device).decisions[0]
+    assert first.kernel.name == f"triton/{op.op.name.removeprefix('opreg::')}"
+    if importlib.util.find_spec("triton") is None:
+        assert (first.state, first.why) == ("missing", "needs triton")
+    else:
+        assert first.state == "used"
 
 
 def test_opcheck_of_the_layer() -> None:

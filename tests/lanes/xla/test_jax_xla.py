@@ -43,11 +43,11 @@ def test_values_and_structures_belong_to_the_call():
 
 def test_nothing_runs_before_the_sync():
     x = torch.randn(4, 4).to(device)
-    torch_xla.sync()
+    torch_xla.sync(wait=True)
     metrics.clear_all()
     out = opreg.call_jax(sin_add, (opreg.call_jax(sin_add, (x, x)), x)) + 1
     assert metrics.metric_data("ExecuteTime") is None
-    torch_xla.sync()
+    torch_xla.sync(wait=True)
     assert metrics.metric_data("ExecuteTime")[0] == 1
     torch.testing.assert_close(out.cpu(), (x.cpu().sin() + x.cpu()).sin() + x.cpu() + 1)
 

@@ -1,0 +1,225 @@
+"""Gated DeltaNet attention in Triton, for cuda and xpu: no copy to the host, no wait, the same bits in any company."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..reference.gdn_args import sequences, sizes
+from ..reference.gdn_checks import check_checkpoints, check_index, check_initial, check_speculative, fail
+from .gdn_launch import Data, Group, launch, on_device
+
+_DIMS = (16, 32, 64, 128, 256)
+_WIDEST = 8
+
+
+def why_not(
+    core_attn_out: Tensor,
+    z: Tensor,
+    projected_states_qkvz: Tensor,
+    projected_states_ba: Tensor,
+    num_k_heads: int,
+    num_v_heads: int,
+    head_k_dim: int,
+    head_v_dim: int,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    conv_weights: Tensor,
+    conv_bias: Tensor | None,
+    activation: str,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    num_prefills: int,
+    num_decodes: int,
+    num_spec_decodes: int = 0,
+    has_initial_state: Tensor | None = None,
+    non_spec_query_start_loc: Tensor | None = None,
+    non_spec_token_indx: Tensor | None = None,
+    non_spec_state_indices_tensor: Tensor | None = None,
+    spec_query_start_loc: Tensor | None = None,
+    spec_token_indx: Tensor | None = None,
+    spec_state_indices_tensor: Tensor | None = None,
+    num_accepted_tokens: Tensor | None = None,
+    num_actual_tokens: int | None = None,
+    tp_size: int = 1,
+    reorder_input: bool = False,
+    *,
+    null_slot: int = -1,
+    source_state_indices: Tensor | None = None,
+    checkpoint_token_indx: Tensor | None = None,
+    checkpoint_state_indices: Tensor | None = None,
+) -> str | None:
+    """Head dimensions that are no power of two from 16 to 256, and convolutions wider than 8: tiles have such sides."""
+    for name, dim in (("head_k_dim", head_k_dim), ("head_v_dim", head_v_dim)):
+        if dim not in _DIMS:
+            return f"{name}={dim}; powers of two from 16 to 256 are compiled"
+    if conv_weights.shape[-1] > _WIDEST:
+        return f"a convolution of width {conv_weights.shape[-1]}; at most {_WIDEST}"
+    return None
+
+
+def gdn_attention(
+    core_attn_out: Tensor,
+    z: Tensor,
+    projected_states_qkvz: Tensor,
+    projected_states_ba: Tensor,
+    num_k_heads: int,
+    num_v_heads: int,
+    head_k_dim: int,
+    head_v_dim: int,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    conv_weights: Tensor,
+    conv_bias: Tensor | None,
+    activation: str,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    num_prefills: int,
+    num_decodes: int,
+    num_spec_decodes: int = 0,
+    has_initial_state: Tensor | None = None,
+    non_spec_query_start_loc: Tensor | None = None,
+    non_spec_token_indx: Tensor | None = None,
+    non_spec_state_indices_tensor: Tensor | None = None,
+    spec_query_start_loc: Tensor | None = None,
+    spec_token_indx: Tensor | None = None,
+    spec_state_indices_tensor: Tensor | None = None,
+    num_accepted_tokens: Tensor | None = None,
+    num_actual_tokens: int | None = None,
+    tp_size: int = 1,
+    reorder_input: bool = False,
+    *,
+    null_slot: int = -1,
+    source_state_indices: Tensor | None = None,
+    checkpoint_token_indx: Tensor | None = None,
+    checkpoint_state_indices: Tensor | None = None,
+) -> None:
+    """Run the op in Triton; the arguments are those of `opreg::gdn_attention`.
+
+    Sequences of up to 16 tokens, and speculative ones, go token by token in float32, longer ones in chunks of 64.
+
+    Index tensors on the GPU are not copied to the host, so their values are not checked there: a sequence whose slots,
+    starts or accepted counts cannot be is not run and its rows become NaN, an impossible checkpoint is not written, and
+    two sequences on one slot are not noticed. Where all of them are on the CPU, every value is checked as elsewhere.
+    """
+    s = sizes(
+        core_attn_out,
+        z,
+        projected_states_qkvz,
+        projected_states_ba,
+        num_k_heads,
+        num_v_heads,
+        head_k_dim,
+        head_v_dim,
+        conv_state,
+        ssm_state,
+        conv_weights,
+        conv_bias,
+        activation,
+        A_log,
+        dt_bias,
+        num_actual_tokens,
+        tp_size,
+    )
+    plain = (non_spec_query_start_loc, non_spec_token_indx, non_spec_state_indices_tensor)
+    spec = (spec_query_start_loc, spec_token_indx, spec_state_indices_tensor, num_accepted_tokens)
+    more = (source_state_indices, checkpoint_token_indx, checkpoint_state_indices)
+    if all(t is None or t.is_cpu for t in (has_initial_state, *plain, *spec, *more)):
+        sequences(
+            s, num_prefills, num_decodes, num_spec_decodes, has_initial_state, *plain, *spec, null_slot, *more
+        )  # fmt: skip
+    groups = []
+    if num_prefills + num_decodes:
+        groups.append(_plain(z.device, num_prefills, num_decodes, has_initial_state, *plain, *more))
+    elif checkpoint_token_indx is not None and checkpoint_token_indx.numel():
+        fail("checkpoint_token_indx is given, but there is no sequence that is not speculative")
+    if num_spec_decodes:
+        groups.append(_speculative(z.device, num_spec_decodes, *spec))
+    if len(groups) == 2 and any(group.tokens is None for group in groups):
+        missing = "spec_token_indx" if spec_token_indx is None else "non_spec_token_indx"
+        fail(f"{missing} is None, but a batch of both kinds needs to know the rows of each")
+    if not s.rows:
+        return
+    with on_device(z):
+        if not groups or any(group.tokens is not None for group in groups):
+            # Which rows an index leaves out is known to nobody here; without one, the kernels see to the padding.
+            core_attn_out.zero_()
+            z.zero_()
+        data = Data(
+            core_attn_out,
+            z,
+            projected_states_qkvz,
+            projected_states_ba,
+            conv_state,
+            ssm_state,
+            conv_weights,
+            conv_bias,
+            A_log,
+            dt_bias,
+        )
+        for group in groups:
+            launch(s, data, group, null_slot, reorder_input, group.accepted is None and num_prefills > 0)
+
+
+def _index(name: str, t: Tensor, count: int, per: str, device: torch.device) -> Tensor:
+    check_index(name, t, count, per)
+    return t.to(device).contiguous()
+
+
+def _plain(
+    device: torch.device,
+    num_prefills: int,
+    num_decodes: int,
+    has_initial_state: Tensor | None,
+    starts: Tensor | None,
+    tokens: Tensor | None,
+    slots: Tensor | None,
+    sources: Tensor | None,
+    checkpoint_tokens: Tensor | None,
+    checkpoint_slots: Tensor | None,
+) -> Group:
+    for name, value in (("num_prefills", num_prefills), ("num_decodes", num_decodes)):
+        if value < 0:
+            fail(f"{name} is {value}, expected 0 or more")
+    n = num_prefills + num_decodes
+    both = f"num_prefills + num_decodes = {n}"
+    if starts is not None:
+        per = f"the first token of each sequence ({both}), then the end"
+        starts = _index("non_spec_query_start_loc", starts, n + 1, per, device)
+    elif num_prefills:
+        fail(f"non_spec_query_start_loc is None, which means one token a sequence, but num_prefills is {num_prefills}")
+    if tokens is not None:
+        tokens = _index("non_spec_token_indx", tokens, 0, "one row for each token", device)
+    if slots is None:
+        fail(f"non_spec_state_indices_tensor is None, expected one slot for each sequence ({both})")
+    slots = _index("non_spec_state_indices_tensor", slots, n, f"one slot for each sequence ({both})", device)
+    if sources is not None:
+        sources = _index("source_state_indices", sources, n, f"one slot for each sequence ({both})", device)
+    initial = None
+    if has_initial_state is not None:
+        check_initial(has_initial_state, n, both)
+        initial = has_initial_state.to(device).contiguous().view(torch.uint8)
+    if checkpoint_tokens is not None or checkpoint_slots is not None:
+        checkpoint_tokens, checkpoint_slots = check_checkpoints(checkpoint_tokens, checkpoint_slots)
+        if not checkpoint_tokens.numel():
+            checkpoint_tokens = checkpoint_slots = None
+        else:
+            count = checkpoint_tokens.numel()
+            per = "the last token of each checkpoint"
+            checkpoint_tokens = _index("checkpoint_token_indx", checkpoint_tokens, count, per, device)
+            checkpoint_slots = _index("checkpoint_state_indices", checkpoint_slots, count, "one slot for each", device)
+    return Group(n, starts, tokens, slots, sources, initial, None, checkpoint_tokens, checkpoint_slots)
+
+
+def _speculative(
+    device: torch.device,
+    n: int,
+    starts: Tensor | None,
+    tokens: Tensor | None,
+    slots: Tensor | None,
+    accepted: Tensor | None,
+) -> Group:
+    starts, slots, accepted = check_speculative(n, starts, slots, accepted)
+    if tokens is not None:
+        tokens = _index("spec_token_indx", tokens, 0, "one row for each token", device)
+    return Group(n, starts.to(device).contiguous(), tokens, slots.to(device), accepted=accepted.to(device).contiguous())

@@ -1,0 +1,249 @@
+"""Which Triton kernels of gdn_attention run for a call, and their grids: from shapes alone, never from values."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..reference.gdn_args import Sizes
+from .gdn_batch import plan_chunks
+from .gdn_chunk import run_chunks, solve_chunks
+from .gdn_conv import convolve_chunks, finish
+from .gdn_decode import run_tokens
+
+CHUNK = 64
+AT_MOST = 16
+"""Tokens up to which a sequence goes token by token. Its own length alone decides, so that company changes no bit."""
+WARPS = {"run_tokens": 4, "finish": 4, "convolve_chunks": 8, "solve_chunks": 4, "run_chunks": 8}
+"""The fewest with which ptxas spills no register for sm_90 at Qwen3-Next's sizes (test_gdn_sm90.py)."""
+STAGES = 2
+"""Chunks in flight in `run_chunks`: 61 KB of shared memory at Qwen3-Next's sizes, 3 would take 109 KB."""
+CHANNELS = 256
+"""Channels of one program of `finish`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """The tensors that hold numbers, as the op names them."""
+
+    core_attn_out: Tensor
+    z: Tensor
+    qkvz: Tensor
+    ba: Tensor
+    conv_state: Tensor
+    ssm_state: Tensor
+    conv_weights: Tensor
+    conv_bias: Tensor | None
+    A_log: Tensor
+    dt_bias: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The sequences of one kind: speculative ones have `accepted` and a row of slots each, plain ones what is left."""
+
+    n: int
+    starts: Tensor | None
+    tokens: Tensor | None
+    slots: Tensor
+    sources: Tensor | None = None
+    initial: Tensor | None = None
+    accepted: Tensor | None = None
+    checkpoint_tokens: Tensor | None = None
+    checkpoint_slots: Tensor | None = None
+
+    def batch(self, s: Sizes, null_slot: int) -> dict[str, Any]:
+        """The arguments that all kernels take to find a sequence's tokens and slots."""
+        return {
+            "starts": self.starts,
+            "slots": self.slots,
+            "slot_stride": self.slots.stride(0),
+            "sources": self.sources,
+            "source_stride": 0 if self.sources is None else self.sources.stride(0),
+            "initial": self.initial,
+            "tokens": self.tokens,
+            "null_slot": null_slot,
+            "count_slots": s.slots,
+            "actual": s.actual,
+            # Behind the end of an index tensor there is nothing to read, whatever the starts say.
+            "most": s.actual if self.tokens is None else min(s.actual, self.tokens.numel()),
+        }
+
+    def writes(self) -> dict[str, Any]:
+        """The arguments of kernels that write states."""
+        columns = 1 if self.accepted is None else self.slots.shape[1]
+        return {
+            "column_stride": 0 if self.accepted is None else self.slots.stride(1),
+            "accepted": self.accepted,
+            "columns": columns,
+            "COLUMNS": triton.next_power_of_2(columns),
+            **self.checkpoints(),
+        }
+
+    def checkpoints(self) -> dict[str, Any]:
+        count = 0 if self.checkpoint_tokens is None else self.checkpoint_tokens.numel()
+        return {
+            "checkpoint_tokens": self.checkpoint_tokens,
+            "checkpoint_slots": self.checkpoint_slots,
+            "count_checkpoints": count,
+        }
+
+
+def on_device(x: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    if x.device.type == "cpu":
+        return nullcontext()
+    context: AbstractContextManager[Any] = torch.get_device_module(x.device).device(x.device)
+    return context
+
+
+def block_rows(s: Sizes) -> int:
+    """Rows of the state [V, K] that one program keeps in registers: at most 4096 numbers, 32 a thread of 4 warps."""
+    return max(16, min(s.v, 32, 4096 // s.k))
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.view({2: torch.int16, 4: torch.int32}[x.element_size()])
+
+
+def launch(s: Sizes, x: Data, group: Group, null_slot: int, flat: bool, prefills: bool) -> None:
+    """Run the sequences of one kind. `prefills` False: none needs the chunked form, whatever its length."""
+    heads = {"HK": s.hk, "HV": s.hv, "K": s.k, "V": s.v, "FLAT": flat}
+    batch, writes = group.batch(s, null_slot), group.writes()
+    programs = group.n * s.hv * (s.v // block_rows(s))
+    chunked = prefills and group.starts is not None and s.actual > AT_MOST
+    run_tokens[(programs,)](
+        out=x.core_attn_out,
+        out_stride=x.core_attn_out.stride(0),
+        z=x.z,
+        z_stride=x.z.stride(0),
+        qkvz=x.qkvz,
+        qkvz_stride=x.qkvz.stride(0),
+        ba=x.ba,
+        ba_stride=x.ba.stride(0),
+        conv_state=x.conv_state,
+        conv_stride=x.conv_state.stride(0),
+        ssm_state=x.ssm_state,
+        ssm_stride=x.ssm_state.stride(0),
+        weights=x.conv_weights,
+        bias=x.conv_bias,
+        rate=x.A_log,
+        shift=x.dt_bias,
+        **batch,
+        **writes,
+        **heads,
+        W=s.width,
+        BV=block_rows(s),
+        AT_MOST=AT_MOST if chunked else 0,
+        num_warps=WARPS["run_tokens"],
+    )
+    if chunked:
+        _chunks(s, x, group, batch, heads)
+    finish[(group.n * triton.cdiv(s.conv_dim, CHANNELS),)](
+        out=x.core_attn_out,
+        out_stride=x.core_attn_out.stride(0),
+        z=x.z,
+        z_stride=x.z.stride(0),
+        x=bits(x.qkvz),
+        x_stride=x.qkvz.stride(0),
+        conv_state=bits(x.conv_state),
+        conv_stride=x.conv_state.stride(0),
+        n=group.n,
+        rows=s.rows,
+        **batch,
+        **writes,
+        **heads,
+        W=s.width,
+        CHECKPOINTS=triton.next_power_of_2(max(writes["count_checkpoints"], 1)),
+        R=triton.next_power_of_2(max(s.width - 1, 1)),
+        BLOCK=CHANNELS,
+        num_warps=WARPS["finish"],
+    )
+
+
+def _chunks(s: Sizes, x: Data, group: Group, batch: dict[str, Any], heads: dict[str, Any]) -> None:
+    """The chunked form: of the sequences of more than AT_MOST tokens, whose chunks are numbered on the device."""
+    # The most chunks that any division of the tokens into n sequences can have; those that are not end at once.
+    bound = s.actual // CHUNK + min(group.n, s.actual // (AT_MOST + 1))
+    new = x.qkvz.new_empty
+    owner, number = new(bound, dtype=torch.int32), new(bound, dtype=torch.int32)
+    first_chunk = new(group.n, dtype=torch.int32)
+    q, k = new(s.actual, s.hk, s.k), new(s.actual, s.hk, s.k)
+    v = new(s.actual, s.hv, s.v)
+    solved, mixed = new(bound, s.hv, CHUNK, CHUNK), new(bound, s.hv, CHUNK, CHUNK)
+    sums = new(bound, s.hv, 2, CHUNK, dtype=torch.float32)
+    # 16-bit operands lose nothing to TF32 that they have not lost already; float32 has nothing to lose.
+    precision = "ieee" if x.qkvz.dtype == torch.float32 else "tf32"
+    plan_chunks[(group.n,)](
+        owner, number, first_chunk, group.starts, group.n, bound, ABOVE=AT_MOST, C=CHUNK, BLOCK=1024
+    )
+    chunks = {"chunk_owner": owner, "chunk_number": number}
+    convolve_chunks[(bound, 2 * s.hk + s.hv)](
+        qkvz=x.qkvz,
+        qkvz_stride=x.qkvz.stride(0),
+        z=x.z,
+        z_stride=x.z.stride(0),
+        conv_state=x.conv_state,
+        conv_stride=x.conv_state.stride(0),
+        weights=x.conv_weights,
+        bias=x.conv_bias,
+        q_out=q,
+        k_out=k,
+        v_out=v,
+        **chunks,
+        **batch,
+        **heads,
+        W=s.width,
+        C=CHUNK,
+        num_warps=WARPS["convolve_chunks"],
+    )
+    no_values = {name: value for name, value in heads.items() if name != "V"}
+    solve_chunks[(bound, s.hv)](
+        q_in=q,
+        k_in=k,
+        ba=x.ba,
+        ba_stride=x.ba.stride(0),
+        rate=x.A_log,
+        shift=x.dt_bias,
+        solved=solved,
+        mixed=mixed,
+        sums=sums,
+        **chunks,
+        **batch,
+        **no_values,
+        C=CHUNK,
+        PRECISION=precision,
+        num_warps=WARPS["solve_chunks"],
+    )
+    checkpoints = group.checkpoints()
+    run_chunks[(group.n * s.hv * (s.v // block_rows(s)),)](
+        out=x.core_attn_out,
+        out_stride=x.core_attn_out.stride(0),
+        q_in=q,
+        k_in=k,
+        v_in=v,
+        solved=solved,
+        mixed=mixed,
+        sums=sums,
+        ssm_state=x.ssm_state,
+        ssm_stride=x.ssm_state.stride(0),
+        first_chunk=first_chunk,
+        **batch,
+        **checkpoints,
+        HK=s.hk,
+        HV=s.hv,
+        K=s.k,
+        V=s.v,
+        C=CHUNK,
+        BV=block_rows(s),
+        ABOVE=AT_MOST,
+        CHECKPOINTS=triton.next_power_of_2(max(checkpoints["count_checkpoints"], 1)),
+        PRECISION=precision,
+        STAGES=STAGES,
+        num_warps=WARPS["run_chunks"],
+    )

@@ -98,6 +98,12 @@ lane-xla: .venv-xla/$(STAMP)
 	.venv-xla/bin/python -m pip install -q --no-deps --upgrade --target .venv-xla/libtpu --group lane-xla-libtpu
 	touch $@
 
+.venv-tpu_aot/$(STAMP): pyproject.toml
+	$(call environment,.venv-tpu_aot,lane-tpu_aot)
+	# Beside the environment: torch_tpu loads itself wherever torch is imported, and there is no TPU here.
+	.venv-tpu_aot/bin/python -m pip install -q --no-deps --upgrade --target .venv-tpu_aot/torch_tpu --group lane-tpu_aot-torch_tpu
+	touch $@
+
 .venv-%/$(STAMP): pyproject.toml
 	$(call environment,.venv-$*,lane-$*)
 	touch $@

@@ -3,20 +3,24 @@
 An op in module `pkg.ops.NAME` has them if there is a module `pkg.ops.NAME_bench` with a generator function named like
 the op: `fn(device, generator, dtype=torch.bfloat16)` yields one dict per case, see `Case`. Found by its name, so that
 declaring or listing ops imports no inputs and no baselines, which are of no use outside a benchmark.
+
+Such a module may also say TPU = "module:function", for an op whose TPU kernel the TPU compiler can judge without a TPU:
+the function takes the names of chips (none: its own choice) and gives rows, flat dicts with the same keys, or the
+reason (str) why it cannot.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .errors import RegistrationError, nearest
+from .errors import KernelError, RegistrationError, UnknownOpError, nearest
 
 if TYPE_CHECKING:
     from .op import Op
@@ -74,16 +78,38 @@ def cases(op: Op[..., Any], device: torch.device, dtype: torch.dtype | None, see
 
 def baseline(op: Op[..., Any], case: Case, name: str) -> Call | str:
     """What a case names as baseline: a call, or the reason why there is none here."""
-    target = case.baselines[name]
+    found: Call | str = _function(op, f"baseline '{name}' of case '{case.name}'", case.baselines[name])(case.inputs)
+    return found
+
+
+def compiled_for_tpu(op: Op[..., Any], chips: Sequence[str]) -> list[dict[str, Any]] | str:
+    """Figures of the op's TPU kernel from the TPU compiler, or the reason why there are none here.
+
+    Raises UnknownOpError for an op without such figures or a chip that is not known, KernelError for what the compiler
+    refuses.
+    """
+    where = module_of(op)
+    target = getattr(importlib.import_module(where), "TPU", None) if importlib.util.find_spec(where) else None
+    if target is None:
+        raise UnknownOpError(f"--tpu: {op.name} has no figures from the TPU compiler ({where} would name them as TPU)")
+    try:
+        found: Iterable[dict[str, Any]] | str = _function(op, "TPU", target)(chips)
+        return found if isinstance(found, str) else list(found)
+    except ValueError as error:
+        raise UnknownOpError(f"--tpu: {error}") from error
+    except RuntimeError as error:
+        raise KernelError(f"{op.name}: {error}") from error
+
+
+def _function(op: Op[..., Any], what: str, target: str) -> Callable[..., Any]:
     where, _, attribute = target.partition(":")
     module = importlib.import_module(where)
-    prepare = getattr(module, attribute, None)
-    if prepare is None:
+    found: Callable[..., Any] | None = getattr(module, attribute, None)
+    if found is None:
         raise RegistrationError(
-            f"{op.name}: baseline '{name}' of case '{case.name}': module '{where}' has no '{attribute}'."
+            f"{op.name}: {what}: module '{where}' has no '{attribute}'."
             f"{nearest(attribute, [n for n in vars(module) if not n.startswith('_')])}"
         )
-    found: Call | str = prepare(case.inputs)
     return found
 
 

@@ -44,7 +44,7 @@ kv_cache_update.register_kernel(
     "cpu", "opreg.kernels.cpu.rpa_cpp_update:rpa_cpp_write", why_not="opreg.kernels.cpu.rpa_cpp_update:why_not_update"
 )
 kv_cache_update.register_kernel(
-    "xla", from_jax("opreg.kernels.pallas.rpa_xla:kv_cache_update", mutates_args="kv_pages"), requires="jax"
+    ("xla", "tpu"), from_jax("opreg.kernels.pallas.rpa_xla:kv_cache_update", mutates_args="kv_pages"), requires="jax"
 )
 kv_cache_update.register_kernel(
     ("cuda", "xpu"),

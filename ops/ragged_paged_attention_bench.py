@@ -25,6 +25,7 @@ BASELINES = {
     "torch_xla without kernel": f"{_AT}:xla_nonkernel",
     "the same on CPU tensors": f"{_AT}:xla_nonkernel_on_cpu",
 }
+TPU = "opreg.kernels.pallas.tpu_report:report"
 
 
 def ragged_paged_attention(

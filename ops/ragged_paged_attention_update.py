@@ -52,15 +52,12 @@ ragged_paged_attention_update.register_kernel(
 )
 ragged_paged_attention_update.register_kernel(None, "opreg.kernels.cpu.rpa_torch:rpa_torch_update", priority=-50)
 ragged_paged_attention_update.register_kernel("cpu", f"{_CPP}:rpa_cpp_fused", why_not=f"{_CPP}:why_not_fused")
-_XLA = "opreg.kernels.pallas.rpa_xla"
+_XLA, _WHY_NOT = "opreg.kernels.pallas.rpa_xla", "opreg.kernels.pallas.rpa_why_not:why_not_update"
 ragged_paged_attention_update.register_kernel(
-    "xla",
-    from_jax(f"{_XLA}:rpa_update", mutates_args="kv_pages"),
-    requires="jax",
-    why_not="opreg.kernels.pallas.rpa_why_not:why_not_update",
+    ("xla", "tpu"), from_jax(f"{_XLA}:rpa_update", mutates_args="kv_pages"), requires="jax", why_not=_WHY_NOT
 )
 ragged_paged_attention_update.register_kernel(
-    "xla", from_jax(f"{_XLA}:rpa_plain_update", mutates_args="kv_pages"), requires="jax", priority=-10
+    ("xla", "tpu"), from_jax(f"{_XLA}:rpa_plain_update", mutates_args="kv_pages"), requires="jax", priority=-10
 )
 ragged_paged_attention_update.register_kernel(
     ("cuda", "xpu"),

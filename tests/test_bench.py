@@ -190,3 +190,49 @@ def test_splitting_is_timed_beside_torch_s_own(monkeypatch):
     assert {row.what for row in rows} == {"split_module", "split_graph", "split_graph, every piece built"}
     assert all(row.seconds > 0 for row in rows)
     assert all(row.ratio == 1 for row in rows if row.what == row.baseline)
+
+
+COMPILED = """
+TPU = "PACKAGE.op_bench:report"
+
+def report(chips):
+    if "v99" in chips:
+        raise ValueError("there is no chip 'v99'")
+    if "v5e" in chips:
+        raise RuntimeError("v5e: out of vector memory")
+    if "v4" in chips:
+        return "libtpu is not installed"
+    return ({"chip": chip, "bound_of": "copies", "bundles": 12345, "ratio": 1.5} for chip in chips or ("v6e", "7x"))
+"""
+
+
+def test_figures_of_the_tpu_compiler(capsys, doubled):
+    name = doubled(COMPILED)
+    assert main(["bench", name, "--tpu"]) == 0
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        ["CHIP", "BOUND", "OF", "BUNDLES", "RATIO"],
+        ["v6e", "copies", "12,345", "1.50"],
+        ["7x", "copies", "12,345", "1.50"],
+    ]
+    assert main(["bench", name, "--tpu", "v5p", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["tpu"]
+    assert row == {"chip": "v5p", "bound_of": "copies", "bundles": 12345, "ratio": 1.5}
+
+
+@pytest.mark.parametrize(
+    ("chip", "code", "words"),
+    [
+        ("v99", 2, "there is no chip 'v99'"),
+        ("v5e", 1, "v5e: out of vector memory"),
+        ("v4", 5, "libtpu is not installed"),
+    ],
+)
+def test_why_there_are_no_figures_of_the_tpu_compiler(capsys, doubled, chip, code, words):
+    assert main(["bench", doubled(COMPILED), "--tpu", chip]) == code
+    assert words in capsys.readouterr().err
+
+
+def test_an_op_without_figures_of_the_tpu_compiler(capsys, doubled):
+    for workloads in ("", WORKLOADS):
+        assert main(["bench", doubled(workloads), "--tpu"]) == 2
+        assert "has no figures from the TPU compiler" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """`opreg bench OP`: the workloads that the op's speed is quoted for, beside named baselines and the machine's floor in
 one run (see opreg.bench_cases); an op without any is timed on its registered inputs, every kernel beside the reference.
 
+`opreg bench OP --tpu` times nothing: it shows what the TPU compiler makes of the op's kernel.
 `opreg bench --framework` times opreg's own calls, registration, splitting and compiling beside torch's ways.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fnmatch
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -35,6 +37,12 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--samples", action="store_true", help="the registered inputs although there are workloads")
     parser.add_argument("--all-kernels", action="store_true", help="with workloads: not only the kernel that would run")
+    parser.add_argument(
+        "--tpu",
+        nargs="*",
+        metavar="CHIP",
+        help="no times: what the TPU compiler says of the op's TPU kernel, no TPU needed",
+    )
     parser.add_argument("--device", default="cpu", help="device of the inputs (default: cpu)")
     parser.add_argument(
         "--dtype", help="dtype of the inputs, as torch names it (default: the workloads' own, or float32)"
@@ -50,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
         args.parser.error("give an operator's name, or --framework")
     if args.threads is not None and args.threads < 1:
         args.parser.error(f"--threads: {args.threads} is no number of threads; give 1 or more")
+    if args.tpu is not None:
+        return _tpu(args)
     if args.framework is not None:
         rows = list(_framework(args))
     else:
@@ -61,6 +71,30 @@ def run(args: argparse.Namespace) -> int:
         for line in _text(rows):
             print(line)
     return start.OK if rows else start.NOTHING_RAN
+
+
+def _tpu(args: argparse.Namespace) -> int:
+    """Figures of the TPU compiler, one column per key of the rows."""
+    from opreg import bench_cases
+
+    if args.op is None:
+        args.parser.error("--tpu needs an operator's name")
+    start.load_ops(args.verbose)
+    found = bench_cases.compiled_for_tpu(start.find_op(args.op), args.tpu)
+    if isinstance(found, str):
+        print(f"opreg: --tpu: {found}", file=sys.stderr)
+        return start.NOTHING_RAN
+    if args.json:
+        start.print_json(start.envelope(tpu=found))
+        return start.OK
+    header = [key.upper().replace("_", " ") for key in found[0]]
+    for line in table.lines(header, [[_cell(value) for value in row.values()] for row in found]):
+        print(line)
+    return start.OK
+
+
+def _cell(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 @contextlib.contextmanager

@@ -18,13 +18,17 @@ WORSE = 1.03
 
 SMALL = {"tokens": 64, "sequences": 8, "pages": 64, "pages_per_sequence": 8}
 
+EVERY_OPTION = {"sliding_window": 200, "soft_cap": 30.0, "sinks": True, "lse": True}
+
 VARIANTS = {
-    "every option": Problem(**SMALL, sliding_window=200, soft_cap=30.0, sinks=True, lse=True),
+    "every option": Problem(**SMALL, **EVERY_OPTION),
     "token-major": Problem(**SMALL, layout="NHD"),
     "float32": Problem(**SMALL, q_dtype="float32", kv_dtype="float32", query_heads=8, kv_heads=2),
     "float8 pages": Problem(**SMALL, kv_dtype="float8_e4m3fn"),
     "token-major int8": Problem(**SMALL, layout="NHD", kv_dtype="int8"),
-    "odd heads, narrow": Problem(**SMALL, query_heads=6, kv_heads=2, head_dim=64),
+    "odd heads, narrow": Problem(**SMALL, **EVERY_OPTION, query_heads=6, kv_heads=2, head_dim=64),
+    "wide": Problem(**SMALL, **EVERY_OPTION, query_heads=8, kv_heads=2, head_dim=240),
+    "wide, token-major": Problem(**SMALL, **EVERY_OPTION, layout="NHD", query_heads=8, kv_heads=2, head_dim=256),
     "one KV head": Problem(**SMALL, query_heads=8, kv_heads=1),
     "pages of 16": Problem(**SMALL, page_size=16),
     "update": Problem(**SMALL, update=True),

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import library
+from . import library, lowering
 from .jax_bridge_arrays import runtime
 from .jax_bridge_executors import execute
 from .jax_bridge_programs import Program, by_name
@@ -20,11 +20,14 @@ from .jax_bridge_shapes import evaluate, infer
 NAME = "opreg::jax_call"
 
 
-def _run(tensors: Sequence[torch.Tensor], program: str) -> list[torch.Tensor]:
+def run(tensors: Sequence[torch.Tensor], program: str) -> list[torch.Tensor]:
+    """What the dispatcher and compiled graphs call."""
     return execute(by_name(program), tensors)[0]
 
 
 def _fake(tensors: Sequence[torch.Tensor], program: str) -> list[torch.Tensor]:
+    # A graph that holds this op runs its fake first, and may be lowered by Inductor then.
+    lowering.install(OP, "_opreg_jax_call", ("from opreg.jax_bridge_op import run as _opreg_jax_call",))
     entry = by_name(program)
     found, values = infer(entry, tensors)
     entry.latest_tree = found.tree
@@ -150,7 +153,7 @@ def vmap(program: Program, dims: tuple[int | None, ...]) -> Program:
 OP = library.define(
     NAME, "(Tensor[] tensors, str program) -> Tensor[]", (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 )
-library.implement(NAME, _run)
+library.implement(NAME, run)
 library.fake(NAME, _fake)
 library.autograd(NAME, _backward, _setup)
 library.vmap(NAME, _vmap)

@@ -9,6 +9,7 @@ imports no Inductor.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,6 @@ from . import alias, registry
 if TYPE_CHECKING:
     from .op import Op
 
-_IMPORT = "from opreg.lowering import compiled_call as _opreg_compiled_call"
 _installed: set[torch._ops.OpOverload] = set()
 
 
@@ -32,38 +32,53 @@ def compiled_call(name: str) -> Callable[..., Any]:
 
 def install_if_inductor(op: Op[..., Any]) -> None:
     """Give Inductor the direct call of `op`, once, if Inductor is loaded at all."""
-    if op.overload not in _installed and "torch._inductor.lowering" in sys.modules:
-        _installed.add(op.overload)
-        _install(op)
+    if op.overload not in _installed:
+        symbol = "_opreg_" + op.name.replace("::", "_")
+        lines = (
+            "from opreg.lowering import compiled_call as _opreg_compiled_call",
+            f"{symbol} = _opreg_compiled_call({op.name!r})",
+        )
+        install(op.overload, symbol, lines, functools.partial(alias.separate, op))
 
 
-def _install(op: Op[..., Any]) -> None:
+def install(
+    overload: torch._ops.OpOverload,
+    symbol: str,
+    lines: tuple[str, ...],
+    prepare: Callable[[Any, Any], tuple[Any, Any]] | None = None,
+) -> None:
+    """Make Inductor's Python wrapper call `symbol`, which `lines` of the generated module define, for the op; once.
+
+    prepare: (args, kwargs) -> (args, kwargs), applied while the graph is lowered.
+    """
+    if overload in _installed or "torch._inductor.lowering" not in sys.modules:
+        return
+    _installed.add(overload)
     from torch._inductor import ir, lowering
     from torch._inductor.virtualized import V
     from torch._library.utils import get_layout_constraint_tag
 
-    overload = op.overload
     if overload in lowering.lowerings:
         return  # someone registered a lowering of their own for it
     # What Inductor does for an op without lowering: inputs realized, laid out as the tags (or torch's default) demand.
     tag = get_layout_constraint_tag(overload, with_default=True)
     lowering.make_fallback(overload, layout_constraint=lowering.tag_to_layout_constraint(tag), warn=False)
-    symbol = "_opreg_" + op.name.replace("::", "_")
 
     class DirectKernel(ir.FallbackKernel):
         """A fallback kernel whose wrapper line names the op's Python function."""
 
         def codegen(self, wrapper: Any) -> None:
             if not V.graph.cpp_wrapper:
-                wrapper.add_import_once(_IMPORT)
-                wrapper.add_import_once(f"{symbol} = _opreg_compiled_call({op.name!r})")
+                for line in lines:
+                    wrapper.add_import_once(line)
                 self.python_kernel_name = symbol
             super().codegen(wrapper)
 
     fallback = lowering.fallback_handler(overload)
 
     def lower(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = alias.separate(op, args, kwargs)
+        if prepare is not None:
+            args, kwargs = prepare(args, kwargs)
         first = len(V.graph.operations)
         result = fallback(*args, **kwargs)
         for operation in V.graph.operations[first:]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import opreg
@@ -292,3 +293,12 @@ def test_results_a_graph_cannot_hold_are_named():
     torch._dynamo.reset()
     with pytest.raises(Exception, match=r"Box, which torch.compile cannot rebuild inside a graph"):
         torch.compile(lambda x: opreg.call_jax(fn, (x,)), fullgraph=True, backend="eager")(torch.ones(1))
+
+
+def test_inductor_s_code_calls_the_bridge_without_the_dispatcher():
+    fn = torch.compile(lambda x: opreg.call_jax(split_up, (x * 2, 3))["z"][0] + 1, fullgraph=True)
+    x = torch.randn(4, 4)
+    out, (code,) = run_and_get_code(fn, x)
+    torch.testing.assert_close(out, x * 6 + 1)
+    assert "= _opreg_jax_call([" in code
+    assert "torch.ops.opreg.jax_call.default(" not in code

@@ -200,9 +200,9 @@ def _run(
     s: Sizes,
 ) -> None:
     """One call of the vendor: rows made contiguous, outputs and states put where they belong."""
-    rows, part, speculative = group.rows, slice(group.first, group.first + group.tokens), group.speculative
-    qkvz, ba = (t[part].contiguous() if rows is None else t.index_select(0, rows) for t in inputs)
-    places = [t[part] if rows is None else t for t in outputs]
+    rows, speculative = group.rows, group.speculative
+    qkvz, ba = (_part(t, group).contiguous() if rows is None else t.index_select(0, rows) for t in inputs)
+    places = [_part(t, group) if rows is None else t for t in outputs]
     direct = [rows is None and t.is_contiguous() for t in places]
     core, z = (t if same else t.new_empty((group.tokens, *t.shape[1:])) for t, same in zip(places, direct, strict=True))
     conv, ssm, history = conv_state, ssm_state, None
@@ -222,6 +222,10 @@ def _run(
         conv_state[to, : s.width - 1] = windows[row, token + 1]
         if speculative.staged:
             ssm_state[to] = ssm[row * (group.tokens // history.shape[0]) + token]
+
+
+def _part(t: Tensor, group: Group) -> Tensor:
+    return t if group.tokens == t.shape[0] else t[group.first : group.first + group.tokens]
 
 
 def _convolved(qkvz: Tensor, s: Sizes, flat: bool) -> Tensor:

@@ -207,7 +207,8 @@ def check_windows(
     """ValueError unless the columns a row has accepted hold windows of the convolution one token apart.
 
     That is what every kernel of this package leaves after a speculative step. Kernels that keep one rolling buffer of
-    width - 1 + drafts rows in column 0 (vLLM's, and the vendor's since 0.1.14) leave the other columns alone.
+    width - 1 + drafts rows in column 0 (vLLM's, and the vendor's since 0.1.14) leave the other columns alone. Asked of
+    one layer in each step, the one for which the metadata is read.
     """
     keep = width - 1
     places = []

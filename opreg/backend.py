@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -148,6 +149,8 @@ def _compile_pieces(split: SplitGraph, report: Report, compile_one: Compile, mod
     likes = Counter(split.same)
     for done, (index, module) in enumerate(split.modules.items(), 1):
         start = time.perf_counter()
+        ops, total = len(split.pieces[index].nodes), len(split.modules)
+        _show(f"opreg: compiling piece {done} of {total} ({ops} ops, runs {likes[index]} times)")
         # Each piece has a context of its own: AOTAutograd leaves facts about the graph it compiled in it (fw_metadata,
         # params_flat), and those of one piece must not reach the next. Guards on sizes live in the shared shape env.
         with tracing(TracingContext(mode)):
@@ -158,11 +161,19 @@ def _compile_pieces(split: SplitGraph, report: Report, compile_one: Compile, mod
             "compiled piece %d (%d of %d, %d ops, runs %d times) in %.2f s",
             index,
             done,
-            len(split.modules),
-            len(split.pieces[index].nodes),
+            total,
+            ops,
             likes[index],
             report.seconds[index],
         )
+    _show("")
+
+
+def _show(text: str) -> None:
+    """What is being compiled, on one line of a terminal that the next text replaces; nothing anywhere else."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\x1b[K{text}")
+        sys.stderr.flush()
 
 
 def _compile_variants(
@@ -171,10 +182,12 @@ def _compile_variants(
     made: list[tuple[Variant, Callable[..., Any]]] = []
     for variant in variants:
         start = time.perf_counter()
+        _show(f"opreg: compiling for {variant.text}")
         with tracing(TracingContext(mode)):
             run, notes = compile_variant(split, variant, compile_one)
         made.append((variant, run))
         report.notes += tuple(notes)
         report.variants += (variant.text,)
         log.info("compiled for %s in %.2f s", variant.text, time.perf_counter() - start)
+    _show("")
     return dispatch(split, made)

@@ -1,6 +1,8 @@
 """torch.compile(backend="opreg"): every distinct piece compiled once, for all sizes, in inference and training."""
 
+import io
 import logging
+import sys
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -217,6 +219,29 @@ def test_gradients_flow_through_pieces_and_splits(inner: str) -> None:
     assert len(report.pieces) == 9
 
 
+def test_training_through_a_registered_op_shares_its_pieces() -> None:
+    @register_op("opreg_backend::gate", kind="attention")
+    def gate(x: Annotated[Tensor, "n d"], w: Annotated[Tensor, "d"]) -> Annotated[Tensor, "n d"]:
+        return x * w
+
+    gate.register_autograd(
+        lambda ctx, g: (g * ctx.saved_tensors[1], (g * ctx.saved_tensors[0]).sum(0)),
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    )
+    weights = [torch.randn(4, requires_grad=True) for _ in range(4)]
+
+    def model(x: Tensor) -> Tensor:
+        for w in weights:
+            x = gate(torch.sin(x) + 1, w)
+        return x
+
+    x = torch.randn(3, 4, requires_grad=True)
+    run = torch.compile(model, backend="opreg", options={"inner": "aot_eager"}, fullgraph=True)
+    want = torch.autograd.grad(model(x).square().sum(), [x, *weights])
+    torch.testing.assert_close(torch.autograd.grad(run(x).square().sum(), [x, *weights]), want)
+    assert last_report().summary() == "8 pieces: 4 at opreg_backend::gate, 4 compiled as 1 distinct"
+
+
 @torch.no_grad()
 def test_inductor_compiles_the_pieces() -> None:
     model, x = Model(5), torch.randn(5, 8)
@@ -251,6 +276,26 @@ def test_progress_and_summary_are_logged(caplog: pytest.LogCaptureFixture) -> No
     assert text[0] == "7 pieces: 3 at opreg_backend::attn, 4 compiled as 3 distinct"
     assert text[2].startswith("compiled piece 2 (2 of 3,")
     assert "runs 2 times" in text[2]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@torch.no_grad()
+def test_a_terminal_shows_what_is_being_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal, file = Terminal(), io.StringIO()
+    for stream in (file, terminal):
+        torch._dynamo.reset()
+        monkeypatch.setattr(sys, "stderr", stream)
+        compiled(Model(3), "eager")(torch.randn(5, 8))
+    assert file.getvalue() == ""
+    shown = terminal.getvalue().split("\r\x1b[K")
+    assert [line.partition(" (")[0] for line in shown if line] == [
+        f"opreg: compiling piece {i} of 3" for i in (1, 2, 3)
+    ]
+    assert shown[-1] == "", "the line is cleared at the end"
 
 
 def test_a_graph_without_fake_values_is_given_some() -> None:

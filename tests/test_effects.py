@@ -187,6 +187,27 @@ def test_a_removed_clone_does_not_merge_what_is_read_and_written() -> None:
         assert torch.equal(torch.compile(merged, fullgraph=True)(x), merged(x))
 
 
+def test_the_guard_copies_only_where_memory_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it costs when the graph runs: nothing, unless two arguments are one tensor. tests/bench/alias.py has the
+    cost of compiling."""
+
+    def apart(x: Tensor) -> Tensor:
+        x = x.sort(0)[0]
+        y = torch.empty_like(x)
+        whole(x, y)
+        return y
+
+    def allocations(fn: Any, guard: str) -> int:
+        monkeypatch.setenv("OPREG_ALIAS_GUARD", guard)
+        torch._dynamo.reset()
+        with _no_disk_caches():
+            _, codes = run_and_get_code(torch.compile(fn, fullgraph=True), torch.arange(6.0).reshape(3, 2))
+        return "\n".join(codes).count("= empty_strided")
+
+    assert allocations(apart, "1") == allocations(apart, "0")
+    assert allocations(merged, "1") == allocations(merged, "0") + 1
+
+
 def test_the_alias_guard_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert alias.enabled()
     monkeypatch.setenv("OPREG_ALIAS_GUARD", "0")

@@ -168,7 +168,7 @@ def _x64() -> Iterator[str]:
         op.name
         for op in registry.all_ops()
         if any(arg.dtype in wide for arg in op.spec.args) or any(result.dtype in wide for result in op.spec.returns)
-        if any("jax" in kernel.requires for kernel in op.kernels)
+        if any(re.match(r"jax(?![\w.])", needed) for kernel in op.kernels for needed in kernel.requires)
     ]
     if ops:
         yield (

@@ -261,6 +261,16 @@ inline int first_rows(const RpaArgs& a, const RpaWork& then, int64_t item, const
   return count;
 }
 
+// One line of every 4 KB of the pages that hold positions from..to: by the time they are asked for in full, the processor
+// knows where they are. It takes as long to look that up in memory as to read them, and prefetches wait for it.
+inline void touch_pages(const RpaArgs& a, const Sequence& s, int64_t from, int64_t to, int64_t item) {
+  const int64_t bytes = greater(a.page_size * a.kv_position, 2 * a.kv_heads * a.kv_head) * item;
+  for (int64_t page = from / a.page_size; from < to && page * a.page_size < to; ++page) {
+    const char* at = static_cast<const char*>(a.kv) + s.pages[page] * a.kv_page * item;
+    for (int64_t b = 0; b < bytes; b += 4096) prefetch(at + b);
+  }
+}
+
 template <int KT, int GT, bool PAIRS>
 void stream_unit(const RpaArgs& a, const RpaTile& t, const RpaUnit& u, float* partial, const RpaWork& then) {
   static thread_local Scratch scratch;
@@ -306,6 +316,7 @@ void stream_unit(const RpaArgs& a, const RpaTile& t, const RpaUnit& u, float* pa
     int ahead = int(greater(0, lesser(BN, u.kv1 - position - BN)));
     if (ahead > 0) row_addresses(a, s, position + BN, ahead, item, next);
     if (ahead == 0) ahead = first_rows(a, then, item, next);
+    touch_pages(a, s, position + 2 * BN, lesser(position + 3 * BN, u.kv1), item);
     for (int64_t h = 0; h < t.heads; ++h) {
       for (int n = 0; n < count; ++n) {
         k[n] = rows[n] + 2 * (t.head0 + h) * a.kv_head * item;

@@ -4,11 +4,19 @@ Nothing here waits for the device: what to launch follows from shapes alone, so 
 graph. Lengths and page numbers are therefore not checked; with TRITON_DEBUG=1 the kernels stop at the first wrong one.
 """
 
+import torch
 from torch import Tensor
 
 from ..reference.paged_attention_check import CACHE_DTYPES, QUERY_DTYPES, check_call, check_update_attention
 from .kv_cache_update import launch_step_write, why_not_cache
-from .rpa_launch import LARGEST_GROUP, LARGEST_HEAD_DIM, Options, launch
+from .rpa_launch import (
+    LARGEST_GROUP,
+    LARGEST_GROUP_FLOAT32,
+    LARGEST_HEAD_DIM,
+    Options,
+    dot_dtype,
+    launch,
+)
 
 OP = "opreg::ragged_paged_attention"
 OP_LSE = "opreg::ragged_paged_attention_lse"
@@ -68,8 +76,10 @@ def _why_not_attention(q: Tensor, kv_pages: Tensor, sm_scale: float, kv_layout: 
     if q.shape[2] > LARGEST_HEAD_DIM:
         return f"head_dim is {q.shape[2]}; at most {LARGEST_HEAD_DIM}"
     group = q.shape[1] // max(1, kv_pages.shape[1 if kv_layout == "HND" else 2] // 2)
-    if group > LARGEST_GROUP:
-        return f"{group} query heads share a kv head; at most {LARGEST_GROUP}"
+    dot = dot_dtype(q.dtype, kv_pages.dtype)
+    most = LARGEST_GROUP_FLOAT32 if dot == torch.float32 else LARGEST_GROUP
+    if group > most:
+        return f"{group} query heads share a kv head; at most {most} where products are {dot}"
     if sm_scale <= 0.0:
         return f"sm_scale is {sm_scale}; the kernel folds a positive scale into the exponent"
     return None

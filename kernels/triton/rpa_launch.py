@@ -14,6 +14,8 @@ from .rpa_kernels import LOG2E, attend_blocks, merge_splits
 
 LARGEST_GROUP = 128
 """Query heads per kv head: those of one token are rows of one tile."""
+LARGEST_GROUP_FLOAT32 = 32
+"""In float32, whose products need no tensor core but every register: more rows are spilled."""
 LARGEST_HEAD_DIM = 256
 
 MIN_TILES = 2
@@ -104,10 +106,12 @@ def power_of_two(n: int) -> int:
 def prefill_tiles(group: int, block_d: int, itemsize: int, shared_bytes: int) -> Tiles:
     """Tiles for long query blocks: the largest of which ptxas spills no register (tests/lanes/triton compiles them)."""
     if itemsize == 4:  # no tensor core multiplies float32 exactly
-        return Tiles(max(32, power_of_two(group)), 16, 8, 2)
-    roomy = shared_bytes >= ROOMY
-    tiles = Tiles(64, 64 if roomy else 32, 8, 2) if block_d > 128 else Tiles(128, 64, 8, 3 if roomy else 2)
-    return tiles._replace(rows=max(tiles.rows, power_of_two(group)))
+        rows = max(16 if block_d > 128 else 32, power_of_two(group))
+        return Tiles(rows, 16, 8 if rows * block_d > 2048 and rows > 16 else 4, 2)
+    rows = max(64 if block_d > 128 else 128, power_of_two(group))
+    if shared_bytes >= ROOMY:
+        return Tiles(rows, 32 if block_d > 128 else 64, 8, 3)
+    return Tiles(rows, 32, 8, 2 if block_d > 128 else 3)
 
 
 def decode_tiles(rows: int, block_d: int, itemsize: int, shared_bytes: int) -> Tiles:
@@ -117,8 +121,11 @@ def decode_tiles(rows: int, block_d: int, itemsize: int, shared_bytes: int) -> T
     """
     rows = max(16, power_of_two(rows))
     if itemsize == 4:
-        return Tiles(rows, 16, 4, 2)
-    return Tiles(rows, 32 if block_d > 128 else 64, 4, 5 if shared_bytes >= ROOMY else 3)
+        return Tiles(rows, 16, 4 if rows == 16 else 8, 2)
+    positions = min(128, 8192 // block_d)
+    if rows > 64:
+        return Tiles(rows, positions, 8, 3)
+    return Tiles(rows, positions, 4, 5 if shared_bytes >= ROOMY else 3)
 
 
 def count_splits(programs: int, longest: int, positions: int, cores: int) -> int:
@@ -148,7 +155,7 @@ def plans(
     """
     block_d = max(16, power_of_two(head_dim))
     one_token = tokens <= seqs
-    rows = group if one_token else max(group, min(FEW_TOKENS * group, MOST_DECODE_ROWS))
+    rows = group if one_token else max(group, min(FEW_TOKENS * group, 16 if itemsize == 4 else MOST_DECODE_ROWS))
     decode = decode_tiles(rows, block_d, itemsize, device.shared_bytes)
     prefill = prefill_tiles(group, block_d, itemsize, device.shared_bytes)
     small, large = decode.rows // group, prefill.rows // group

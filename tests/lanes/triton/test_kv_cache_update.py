@@ -117,7 +117,9 @@ def test_fused(monkeypatch, kv_dtype, kv_layout):
     lengths = [(5, 18), (1, 29), (0, 9), (20, 40), (4, 8), (3, 3)]
     batch = make_batch(lengths, kv_dtype=kv_dtype, kv_layout=kv_layout, window=9)
     k, v = (torch.nan_to_num(x) for x in (batch.q[:, :2] * 3, batch.q[:, 2:] - 1))
-    k[33:] = torch.nan  # padding is not written
+    k[33:] = torch.nan  # padding is not written, though entries past num_seqs name places for it
+    batch.kv_lens[6:] = 40
+    batch.page_indices[6:] = 0
     options = {"sm_scale": 0.25, "kv_layout": kv_layout, "sliding_window": 9}
     if kv_dtype.itemsize == 1:
         options |= {"k_scale": 0.5, "v_scale": 0.03}

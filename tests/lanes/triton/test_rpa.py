@@ -17,9 +17,10 @@ from torch import Tensor
 # interpreter of Triton 3.7, so that type is left to a GPU.
 LIMITS = {torch.float32: 1e-6, torch.float16: 1e-3}
 # Decode, chunked and whole prompts, no rows, no tokens, full pages of 4, a block's worth of rows.
-LENGTHS = [(5, 18), (1, 29), (0, 7), (20, 44), (0, 0), (3, 3), (1, 8), (9, 32), (1, 1)]
+LENGTHS = [(5, 18), (1, 61), (0, 7), (20, 44), (0, 0), (3, 3), (1, 8), (9, 32), (1, 1)]
 
-SMALL, LARGE = Tiles(16, 16, 4, 2), Tiles(32, 16, 4, 2)
+# A split has two tiles at least: of 3 splits, the sequence of 61 tokens fills all, that of 18 fills two.
+SMALL, LARGE = Tiles(16, 8, 4, 2), Tiles(32, 16, 4, 2)
 
 
 def split_and_long(batch: Batch, splits: int = 3) -> list[Plan]:
@@ -75,7 +76,8 @@ def test_options(plan, window, soft_cap, with_sinks, kv_layout):
     sinks = torch.tensor([-1.0, 0.5, -torch.inf, 2.0]) if with_sinks else None
     # Emulating a merge costs most, and there is one for every row and head of a block.
     batch = make_batch(LENGTHS[:4] if plan is all_split else LENGTHS, kv_layout=kv_layout, window=window)
-    compare(batch, plan(batch), sliding_window=window, soft_cap=soft_cap, sinks=sinks, kv_layout=kv_layout)
+    scales = {"k_scale": 2.0, "v_scale": 0.5}
+    compare(batch, plan(batch), sliding_window=window, soft_cap=soft_cap, sinks=sinks, kv_layout=kv_layout, **scales)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +89,7 @@ def test_options(plan, window, soft_cap, with_sinks, kv_layout):
         ((3, 3), 128, 32),
         ((12, 2), 240, 8),
         ((8, 1), 256, 48),
-        ((40, 1), 16, 64),
+        ((20, 1), 16, 64),
     ],
 )
 def test_sizes(heads, head_dim, page_size):

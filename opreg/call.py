@@ -81,6 +81,8 @@ def {name}({parameters}):
 _DIRECT = """\
     if {guard}:
         _run = _cpu if {first}.is_cpu else _runners.get({first}.device.type)
+        if _run is None and {first}.is_xla:
+            _run = _runner("xla")  # in inference mode the dispatcher refuses what writes (see xla_writes)
         if _run is not None:
             return _run({arguments})
 """

@@ -7,7 +7,7 @@ import torch
 from .errors import UnknownOpError, nearest
 
 KNOWN = ("cpu", "cuda", "xpu", "tpu", "xla", "mps", "hpu", "mtia", "privateuseone")
-"""Names accepted by register_kernel: torch's device types, and "tpu" for torch_tpu and for XLA on TPU."""
+"""Names accepted by register_kernel: torch's device types, and "tpu" for torch_tpu (torch_xla is "xla" on TPU too)."""
 
 
 def check(device_type: str, who: str) -> str:

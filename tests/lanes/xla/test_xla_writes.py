@@ -57,6 +57,19 @@ def test_it_is_one_node_of_an_openxla_graph():
         torch.testing.assert_close(total.cpu(), expected_total)
 
 
+@opreg.register_op("xla_writes::double", mutates_args=("x",))
+def double(x: Annotated[Tensor, "n"]) -> None:
+    """Double in place."""
+    x.mul_(2)
+
+
+def test_the_first_call_may_be_in_inference_mode():
+    with torch.inference_mode():
+        x = torch.ones(2).to(device)
+        double(x)
+        assert x.tolist() == [2, 2]
+
+
 def test_inside_no_grad_and_with_a_parameter():
     total = torch.nn.Parameter(torch.zeros(2).to(device))
     with torch.no_grad():

@@ -49,7 +49,7 @@ def _stands_alone(index: int, tensors: Sequence[torch.Tensor]) -> bool:
 def _operator() -> Callable[[list[torch.Tensor], list[torch.Tensor], list[int], str], Sequence[torch.Tensor]]:
     """torch_tpu's operator for all programs, registered at first use."""
     jax_op = _find_jax_op()
-    list_of_arrays = types.GenericAlias(list, (runtime().jax.Array,))  # list[jax.Array], which is known at run time only
+    list_of_arrays = types.GenericAlias(list, (runtime().jax.Array,))  # list[jax.Array], known at run time only
 
     def jax_program(donated: list[Any], kept: list[Any], places: tuple[int, ...], program: str) -> list[Any]:
         arrays = list(kept)

@@ -49,7 +49,7 @@ def _stands_alone(index: int, tensors: Sequence[torch.Tensor]) -> bool:
 def _operator() -> Callable[[list[torch.Tensor], list[torch.Tensor], list[int], str], Sequence[torch.Tensor]]:
     """torch_tpu's operator for all programs, registered at first use."""
     jax_op = _find_jax_op()
-    array_list = types.GenericAlias(list, (runtime().jax.Array,))
+    list_of_arrays = types.GenericAlias(list, (runtime().jax.Array,))  # list[jax.Array], known at run time only
 
     def jax_program(donated: list[Any], kept: list[Any], places: tuple[int, ...], program: str) -> list[Any]:
         arrays = list(kept)
@@ -59,11 +59,11 @@ def _operator() -> Callable[[list[torch.Tensor], list[torch.Tensor], list[int], 
 
     # torch_tpu reads the schema and what is static off the annotations; real types, since `Any` says nothing to it.
     jax_program.__annotations__ = {
-        "donated": array_list,
-        "kept": array_list,
+        "donated": list_of_arrays,
+        "kept": list_of_arrays,
         "places": list[int],
         "program": str,
-        "return": array_list,
+        "return": list_of_arrays,
     }
     made: Callable[..., Sequence[torch.Tensor]] = jax_op(NAME, jax_program, donate_argnums=(0,))
     return made

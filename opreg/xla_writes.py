@@ -51,7 +51,8 @@ def _in_graph(op: Op, args: tuple[Any, ...]) -> Any:
     torch's wrapper of a writing op rebuilds a view from a copy of its base, below functionalisation, where tensors of
     torch_xla share no memory: what the op writes into the view would be lost. XLA takes the copies out again.
     """
-    copies, written = [], []
+    copies: list[Any] = []
+    written: list[tuple[torch.Tensor, torch.Tensor]] = []
     for arg, value in zip(op.spec.args, args, strict=True):
         copy = value
         if arg.mutated and not arg.layer and value is not None:

@@ -19,7 +19,8 @@ def array(*shape, dtype="bfloat16"):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.SingleDeviceSharding(device))
 
 d = int(sys.argv[1])
-q, k, ids, lse = array(1, 8, 512, d), array(1, 2, 512, d), array(1, 512, dtype="int32"), array(1, 8, 512, dtype="float32")
+q, k = array(1, 8, 512, d), array(1, 2, 512, d)
+ids, lse = array(1, 512, dtype="int32"), array(1, 8, 512, dtype="float32")
 options = {"causal": True, "window": 300, "soft_cap": 30.0}
 calls = {
     "forward": (lambda q, k, v, i: module.splash_attention(q, k, v, i, i, **options), (q, k, k, ids)),

@@ -155,11 +155,11 @@ def gdn_attention(
             check_windows(
                 conv_state, s.width, num_spec_decodes, spec_state_indices_tensor, num_accepted_tokens, null_slot
             )
-        return make_plan(todo, z.device)
+        return make_plan(todo, conv_state.shape[1] - s.width + 1, z.device)
 
     plan = _plans.find(
         conv_state.data_ptr(),
-        (*counts, s.actual, s.rows, s.slots, s.width, null_slot, z.device),
+        (*counts, s.actual, s.rows, s.slots, s.width, conv_state.shape[1], null_slot, z.device),
         (*metadata, source_state_indices, *checkpoints),
         make,
     )
@@ -246,18 +246,13 @@ def _history(conv_state: Tensor, speculative: Speculative, inputs: Tensor, keep:
 def _caches(
     conv_state: Tensor, ssm_state: Tensor, speculative: Speculative, history: Tensor, s: Sizes
 ) -> tuple[Tensor, Tensor]:
-    """The caches that a speculative call is given. Since 0.1.14 it wants a convolution row for each draft as well."""
+    """The caches that a speculative call is given: the caller's, or scratch of one slot for each token."""
+    if not speculative.staged:
+        return conv_state, ssm_state
     keep = s.width - 1
     count, tokens = history.shape[0], history.shape[1] - keep
-    needed = keep + tokens - 1
-    if speculative.staged:
-        conv = conv_state.new_empty((count * tokens, needed, s.conv_dim))
-        ssm = ssm_state.new_empty((count * tokens, *ssm_state.shape[1:]))
-        conv[::tokens, :keep] = history[:, :keep]
-        ssm[::tokens] = ssm_state[speculative.source]
-        return conv, ssm
-    if conv_state.shape[1] >= needed:
-        return conv_state, ssm_state
-    conv = conv_state.new_empty((s.slots, needed, s.conv_dim))
-    conv[speculative.source, :keep] = history[:, :keep]
-    return conv, ssm_state
+    conv = conv_state.new_empty((count * tokens, keep + tokens - 1, s.conv_dim))
+    ssm = ssm_state.new_empty((count * tokens, *ssm_state.shape[1:]))
+    conv[::tokens, :keep] = history[:, :keep]
+    ssm[::tokens] = ssm_state[speculative.source]
+    return conv, ssm

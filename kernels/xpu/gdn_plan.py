@@ -27,7 +27,8 @@ class Speculative:
     """The slots of a call of speculative rows, of which it is given the first as if one token had been accepted.
 
     source: where the window of each row is. to, row, token: slots that keep what holds after a token of a row.
-    staged: some token has no slot, so the states go through a scratch cache of one slot per token.
+    staged: the states go through a scratch cache of one slot per token, since some token has no slot, or slots have no
+    convolution row for each draft.
     """
 
     source: Tensor
@@ -64,8 +65,8 @@ _ABSENT = dict.fromkeys(
 _NONE = {"num_prefills": 0, "num_decodes": 0, "num_spec_decodes": 0, **_ABSENT}
 
 
-def make_plan(todo: list[Sequence], device: torch.device) -> Plan:
-    """Sort checked sequences into calls."""
+def make_plan(todo: list[Sequence], spare_rows: int, device: torch.device) -> Plan:
+    """Sort checked sequences into calls. spare_rows: convolution rows that a slot has beyond width - 1."""
     moves: list[tuple[int, int]] = []
     plain: dict[bool, list[Sequence]] = {False: [], True: []}
     speculative: dict[tuple[int, bool], list[Sequence]] = {}
@@ -75,11 +76,11 @@ def make_plan(todo: list[Sequence], device: torch.device) -> Plan:
             if q.source is not None and q.source != q.final:
                 moves.append((q.source, q.final))
         else:
-            whole = len(q.writes) == len(q.rows)
-            speculative.setdefault((len(q.rows), whole), []).append(q)
+            staged = len(q.writes) < len(q.rows) or spare_rows < len(q.rows) - 1
+            speculative.setdefault((len(q.rows), staged), []).append(q)
     groups = [_plain(many, long, device) for long, many in plain.items() if many]
-    for (tokens, whole), many in sorted(speculative.items(), key=lambda item: item[0]):
-        groups.append(_speculative(many, tokens, not whole, moves, device))
+    for (tokens, staged), many in sorted(speculative.items(), key=lambda item: item[0]):
+        groups.append(_speculative(many, tokens, staged, moves, device))
     pairs = (_long([a for a, _ in moves], device), _long([b for _, b in moves], device)) if moves else None
     return Plan(tuple(groups), pairs, sum(len(q.rows) for q in todo))
 
@@ -105,8 +106,9 @@ def _speculative(
     """Rows of equally many tokens. Their states are moved to the first column, which the call writes first of all.
 
     Where windows of the convolution are kept changed in the vendor's 0.1.14: after token t in column t before, all in
-    one rolling buffer in column 0 since. With one accepted token both begin with the first rows of column 0, and what
-    is left in the cache afterwards is written here, so the cache has the same form whatever is installed.
+    one rolling buffer of width - 1 + drafts rows in column 0 since. With one accepted token both begin with the first
+    rows of column 0, and what is left in the cache afterwards is written here, so the cache has the same form whatever
+    is installed.
     """
     many = _in_row_order(many)
     kept = [(q.writes[t][-1], i, t) for i, q in enumerate(many) for t in sorted(q.writes)]

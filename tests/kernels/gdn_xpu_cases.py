@@ -233,8 +233,9 @@ def raises(kind: type[Exception], message: str) -> Any:
 
 @case("C", BOTH)
 def any_trajectory_equals_plain_decoding() -> None:
-    for dtype, limit in ((BF16, 1e-2), (FP16, 2e-3)):
-        check_trajectory(Server(gdn.gdn_attention, [40, 33, 29], 3, dtype, Heads(1, 2, 64, 64)), limit)
+    # With a convolution row for each draft, with fewer, and without any.
+    for dtype, spare, limit in ((BF16, 3, 1e-2), (FP16, 1, 2e-3), (BF16, 0, 1e-2)):
+        check_trajectory(Server(gdn.gdn_attention, [40, 33, 29], 3, dtype, Heads(1, 2, 64, 64), spare), limit)
 
 
 @case("C", BOTH)
@@ -285,13 +286,15 @@ def speculative_rows_of_one_length_go_in_one_call() -> None:
 
 @case("C", BOTH)
 def ragged_rows_and_rows_without_drafts() -> None:
-    run(spec([3, 1, 2, 0, 1, 2], [3, 3, 3, 1, 0, 1], padding=1))
-    assert [(c["num_spec_decodes"], c["spec_state_indices_tensor"].shape[1]) for c in CALLS] == [(2, 1), (2, 2), (1, 3)]
+    for spare in (0, 1, 2):
+        run(spec([3, 1, 2, 0, 1, 2], [3, 3, 3, 1, 0, 1], padding=1, spare_conv_rows=spare))
+        sizes = [(c["num_spec_decodes"], c["spec_state_indices_tensor"].shape[1]) for c in CALLS]
+        assert sizes == [(2, 1), (2, 2), (1, 3)]
 
 
 @case("C", BOTH)
 def speculative_null_rows_and_columns() -> None:
-    call = spec([3, 3, 2, 3], [1, 2, 3, 1])
+    call = spec([3, 3, 2, 3], [1, 2, 3, 1], spare_conv_rows=2)
     call["spec_state_indices_tensor"][0, 2] = -1
     call["spec_state_indices_tensor"][1, 1:] = torch.tensor([call["spec_state_indices_tensor"][1, 1], 0])
     call["spec_state_indices_tensor"][3] = 0
@@ -307,7 +310,7 @@ def speculative_null_rows_and_columns() -> None:
 
 @case("C", BOTH)
 def speculative_rows_scattered_among_others() -> None:
-    call = spec([3, 1, 3], [2, 1, 3], padding=9)
+    call = spec([3, 1, 3], [2, 1, 3], padding=9, spare_conv_rows=2)
     order = torch.randperm(16, generator=torch.Generator().manual_seed(2))
     call["num_actual_tokens"] = 16
     call["projected_states_qkvz"][7:] = torch.randn(9, call["projected_states_qkvz"].shape[1]).to(BF16)

@@ -30,11 +30,19 @@ class Server:
     """Serves sequences whose true tokens are known, with one row of slots each, and keeps what the op put out."""
 
     def __init__(
-        self, kernel: Kernel, lengths: list[int], drafts: int, dtype: torch.dtype, heads: Heads | None = None
+        self,
+        kernel: Kernel,
+        lengths: list[int],
+        drafts: int,
+        dtype: torch.dtype,
+        heads: Heads | None = None,
+        spare_conv_rows: int = 0,
     ) -> None:
         self.kernel, self.drafts = kernel, drafts
-        heads = heads or Heads(1, 2)
-        self.truth = make_call(lengths, heads, dtype=dtype, initial=[False] * len(lengths), spare_slots=0)
+        heads, fresh = heads or Heads(1, 2), [False] * len(lengths)
+        self.truth = make_call(
+            lengths, heads, dtype=dtype, initial=fresh, spare_conv_rows=spare_conv_rows, spare_slots=0
+        )
         self.starts = self.truth["non_spec_query_start_loc"].tolist()
         slots = len(lengths) * (drafts + 1)
         order = torch.randperm(slots, generator=torch.Generator().manual_seed(7))

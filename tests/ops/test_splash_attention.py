@@ -15,6 +15,8 @@ import opreg
 splash = importlib.import_module("opreg.ops.splash_attention")
 attention, backward = splash.splash_attention, splash.splash_attention_backward
 KERNELS = ("cpu/splash_attention", "pallas/dense_attention", "pallas/splash_attention")
+# Where 64-bit ids have switched x64 on, the interpreter of jax 0.7 mixes int32 and int64 inside a Pallas kernel.
+IDS = torch.int64 if jax.__version_info__ >= (0, 8) else torch.int32
 
 
 def heads(b, h, g, n, m, d, dtype=torch.float32, seed=0):
@@ -24,7 +26,7 @@ def heads(b, h, g, n, m, d, dtype=torch.float32, seed=0):
 
 
 def segments(b, n, m, count=3):
-    ids = (torch.arange(max(n, m)) * count // max(n, m)).repeat(b, 1)
+    ids = (torch.arange(max(n, m), dtype=IDS) * count // max(n, m)).repeat(b, 1)
     return ids[:, -n:], ids[:, -m:]
 
 

@@ -32,8 +32,8 @@ rms_norm.register_kernel(
     why_not="opreg.kernels.triton.rms_norm:why_not",
 )
 
-# Beside ATen's kernel, with an addition before and a gate after, on two cores: 0.67 of its time for 1 row of 2048 in
-# float32, 0.46 for 16 rows in bfloat16, 0.16 for 512 rows in bfloat16. Nothing is measured on other devices.
+# With an addition before and a gate after it, as in a transformer's block, the fused loop wins on a CPU from one row of
+# 2048 on, since x is read once instead of three times. Nothing is measured on other devices.
 rms_norm.register_fusion("cpu", priority=1)
 
 

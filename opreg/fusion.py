@@ -8,27 +8,42 @@ kernel, with a priority. It is a decomposition below autograd: contract, fake an
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import select
+from . import devices, select
 from .errors import RegistrationError
+from .spec import Fusion
 
 if TYPE_CHECKING:
     from .op import Op
 
+TARGET = "inductor"
+"""What register_kernel is given in place of a function."""
+
 _installed: set[torch._ops.OpOverload] = set()
 
 
-def check(op: Op[..., Any]) -> None:
-    """RegistrationError unless the body says everything that the op does."""
+def make(
+    op: Op[..., Any],
+    device_types: str | Iterable[str] | None,
+    requires: str | Iterable[str],
+    why_not: str | Callable[..., str | None] | None,
+    priority: int,
+) -> Fusion:
+    """What register_kernel(..., "inductor") was told; RegistrationError unless the body says everything the op does."""
     if not op.spec.has_body:
-        raise RegistrationError(f"{op.name}: register_fusion needs a body to compile, and this op has none")
+        raise RegistrationError(f"{op.name}: the kernel 'inductor' needs a body to compile, and this op has none")
     if op.spec.mutates or op.spec.layer_arg is not None:
         raise RegistrationError(
-            f"{op.name}: register_fusion is for functional ops; this one writes its arguments or its layer"
+            f"{op.name}: the kernel 'inductor' is for functional ops; this one writes its arguments or its layer"
         )
+    if requires or why_not is not None:
+        raise RegistrationError(f"{op.name}: the kernel 'inductor' takes any call, so it has no requires= or why_not=")
+    types = (device_types,) if isinstance(device_types, str) else device_types
+    return Fusion(None if types is None else tuple(devices.check(t, op.name) for t in types), priority)
 
 
 def facts(op: Op[..., Any]) -> str:

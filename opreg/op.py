@@ -136,7 +136,9 @@ class Op(Generic[P, R]):
     ) -> Any:
         """Add a kernel for one or several device types (None: every device). Usable as a decorator without `target`.
 
-        target: a callable, or "module:function", imported at first use, with the op's parameters in the op's order.
+        target: a callable, or "module:function", imported at first use, with the op's parameters in the op's order. Or
+            "inductor": graphs that Inductor compiles then hold the body itself, fused with what stands around it, where
+            no other kernel has this priority or more; eager calls are not changed.
         requires: modules that must be installed, "module" or "module>=1.2"; they are looked up and not imported.
         why_not: takes the op's arguments; returns None to accept the call, or the reason for refusing it.
         priority: the largest that accepts wins; two kernels with equal priority on one device are an error.
@@ -150,6 +152,10 @@ class Op(Generic[P, R]):
                 return fn
 
             return decorate
+        if target == fusion.TARGET:
+            self.fusion = fusion.make(self, device_types, requires, why_not, priority)
+            digest.changed_after_trace(self, "fusion")
+            return target
         kernel = select.make_kernel(self, device_types, target, requires, why_not, priority)
         if callable(target):
             select.check_signature(self, f"kernel {kernel.name}", target)
@@ -209,16 +215,6 @@ class Op(Generic[P, R]):
         self.has_vmap, self.batching = True, fn
         digest.changed_after_trace(self, "a batching rule")
         return fn
-
-    def register_fusion(self, device_types: str | Iterable[str] | None = None, *, priority: int = 0) -> None:
-        """Let Inductor compile the body into its graphs on these devices, where no kernel has this priority or more.
-
-        Raises RegistrationError for an op without body, or one that writes."""
-        fusion.check(self)
-        types = (device_types,) if isinstance(device_types, str) else device_types
-        checked = None if types is None else tuple(devices.check(t, self.name) for t in types)
-        self.fusion = Fusion(checked, priority)
-        digest.changed_after_trace(self, "fusion")
 
     def register_sharding(self, *dims: str, others: sharding.Others = None) -> None:
         """Let DTensors be split along these dims of the contract, all together; the rest is whole on every rank.
@@ -280,7 +276,6 @@ _METHODS = (
     "register_fake",
     "register_autograd",
     "register_vmap",
-    "register_fusion",
     "register_sharding",
     "register_inputs",
     "samples",
@@ -301,7 +296,6 @@ class OpFunction(Protocol[P, R_co]):
     register_fake: Callable[..., Any]
     register_autograd: Callable[..., None]
     register_vmap: Callable[..., Any]
-    register_fusion: Callable[..., None]
     register_sharding: Callable[..., None]
     register_inputs: Callable[[Inputs], Inputs]
     samples: Callable[..., Iterator[dict[str, Any]]]

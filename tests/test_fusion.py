@@ -55,7 +55,7 @@ def calls_a_kernel(x: Tensor) -> bool:
 def test_the_larger_priority_wins_and_a_change_recompiles() -> None:
     x = torch.randn(3, 4)
     assert calls_a_kernel(x)
-    square.register_fusion("cpu", priority=1)
+    square.register_kernel("cpu", "inductor", priority=1)
     assert not calls_a_kernel(x)
     assert "fusion: compiled graphs compute the body, not a kernel" in str(square.explain(x))
     torch.testing.assert_close(square(x), x * x)
@@ -76,7 +76,7 @@ def faster(x: Tensor) -> Tensor:
 
 
 def test_gradient_and_strides_are_those_of_the_op() -> None:
-    square.register_fusion(priority=1)
+    square.register_kernel(None, "inductor", priority=1)
     x = torch.randn(3, 4, requires_grad=True)
     compiled = torch.compile(model, fullgraph=True)
     (want,), (got,) = (torch.autograd.grad(f(x).sum(), x) for f in (model, compiled))
@@ -89,9 +89,9 @@ def test_gradient_and_strides_are_those_of_the_op() -> None:
 
 def test_the_choice_is_in_the_cache_key() -> None:
     facts = [digest.of_op(square.op)]
-    square.register_fusion("cpu", priority=1)
+    square.register_kernel("cpu", "inductor", priority=1)
     facts.append(digest.of_op(square.op))
-    square.register_fusion("cpu", priority=0)
+    square.register_kernel("cpu", "inductor", priority=0)
     facts.append(digest.of_op(square.op))
     with use_kernel("t_fusion::square", "reference"):
         facts.append(digest.of_op(square.op))
@@ -109,4 +109,6 @@ def test_ops_that_have_more_than_their_body_are_refused() -> None:
     refused: list[tuple[Any, str]] = [(fill, "is for functional ops"), (declared, "needs a body to compile")]
     for op, why in refused:
         with pytest.raises(RegistrationError, match=why):
-            op.register_fusion()
+            op.register_kernel("cpu", "inductor")
+    with pytest.raises(RegistrationError, match="takes any call, so it has no requires= or why_not="):
+        square.register_kernel("cpu", "inductor", requires="torch")

@@ -18,7 +18,7 @@ import torch
 from torch._C import _are_functorch_transforms_active, _has_torch_function_unary, _len_torch_dispatch_stack
 from torch.autograd import profiler
 
-from . import context, devices
+from . import context, devices, no_formula
 from .errors import KernelError
 from .runner import arguments, make_runner, parameters
 from .spec import REQUIRED, ArgSpec, OpSpec
@@ -33,7 +33,7 @@ def _guard_source(spec: OpSpec, first: ArgSpec) -> str:
     Cheapest first (quiet ns): exact types 8 each, the profiler flag 6, function modes 17, the two other mode queries 30
     each, grad mode 30. Whether a tensor wants a gradient costs 40 each, so of several it is asked in grad mode only.
     """
-    types, grads = [], []
+    types, grads = [], _grads(spec)
     for arg in spec.args:
         name = arg.name
         if arg.layer or not arg.type.startswith("Tensor"):
@@ -41,10 +41,8 @@ def _guard_source(spec: OpSpec, first: ArgSpec) -> str:
         if arg.type in ("Tensor", "Tensor?"):
             absent = f"{name} is None or " if arg.optional else ""
             types.append(f"({absent}type({name}) is _Tensor or type({name}) is _Parameter)")
-            grads.append(f"({name} is not None and {name}.requires_grad)" if arg.optional else f"{name}.requires_grad")
         else:
             types.append(f"_plain_list({name})")
-            grads.append(f"_any_grad({name})")
     modes = [
         "not _profiler._is_profiler_enabled",
         # Of a plain tensor it asks for modes alone.
@@ -54,6 +52,19 @@ def _guard_source(spec: OpSpec, first: ArgSpec) -> str:
     ]
     asked = ["not _grad_enabled()", f"not ({' or '.join(grads)})"]
     return " and ".join([*types, *modes, f"({' or '.join(asked if len(grads) > 1 else reversed(asked))})"])
+
+
+def _grads(spec: OpSpec) -> list[str]:
+    """Per tensor of a call, the question whether it requires a gradient."""
+    asked = []
+    for arg in spec.args:
+        if arg.type == "Tensor" and not arg.layer:
+            asked.append(f"{arg.name}.requires_grad")
+        elif arg.type == "Tensor?" and not arg.layer:
+            asked.append(f"({arg.name} is not None and {arg.name}.requires_grad)")
+        elif arg.type.startswith("Tensor") and not arg.layer:
+            asked.append(f"_any_grad({arg.name})")
+    return asked
 
 
 def _plain_list(values: Any) -> bool:
@@ -70,7 +81,13 @@ def {name}({parameters}):
     _run = {runners}.get(_type)
     if _run is None:
         _run = {make}(_type)
-    return _run({arguments})
+{gradless}    return _run({arguments})
+"""
+
+# With a formula, torch calls what it registered first, and this one in a place where no gradient is recorded.
+_GRADLESS = """\
+    if _grad_enabled() and ({grads}):
+        return _without_formula(_run, ({everything}))
 """
 
 _NAMED = """\
@@ -148,6 +165,7 @@ class Calls:
             "_runners": self.runners,
             "_unchecked": self.unchecked,
             "_unchecked_runner": self.unchecked_runner,
+            "_without_formula": functools.partial(no_formula.call, op),
             "_write": self._write,
         }
         self.public = self._function(_public_at_first.__code__)
@@ -184,7 +202,11 @@ class Calls:
             direct = _DIRECT.format(
                 guard=_guard_source(spec, first), first=first.name, on_xla=on_xla, arguments=arguments(spec)
             )
-        self.entry.__code__ = self._code(_ANY_DEVICE, runners="_runners", make="_runner")
+        grads, gradless = _grads(spec), ""
+        if grads and spec.returns and not spec.mutates:
+            everything = "".join(f"{arg.name}, " for arg in spec.args)
+            gradless = _GRADLESS.format(grads=" or ".join(grads), everything=everything)
+        self.entry.__code__ = self._code(_ANY_DEVICE, runners="_runners", make="_runner", gradless=gradless)
         self.public.__code__ = self._code(_PUBLIC, direct=direct)
         return self
 
@@ -197,7 +219,7 @@ class Calls:
     @functools.cached_property
     def compiled(self) -> FunctionType:
         """What compiled graphs call: no contract check, no dispatcher."""
-        return self._function(self._code(_ANY_DEVICE, runners="_unchecked", make="_unchecked_runner"))
+        return self._function(self._code(_ANY_DEVICE, runners="_unchecked", make="_unchecked_runner", gradless=""))
 
     def runner(self, device_type: str) -> Callable[..., Any]:
         """The runner of a device, made at its first call."""

@@ -34,6 +34,10 @@ class KernelError(OpregError, RuntimeError):
     """No kernel takes the call, a forced kernel cannot run, or a kernel could not be loaded."""
 
 
+class AutogradError(OpregError, RuntimeError):
+    """A gradient was asked of an op that has no backward formula."""
+
+
 class ContextError(OpregError, LookupError):
     """A layer was asked for that the forward context does not hold."""
 

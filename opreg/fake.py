@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import digest, fusion, lowering, sharding
+from . import digest, fusion, lowering, no_formula, sharding
 from .errors import ContractError, RegistrationError
 from .shapes import Binding, Mismatch
 from .spec import ArgSpec, Like, OpSpec, ReturnSpec
@@ -151,6 +151,7 @@ def make_fake(op: Op) -> Callable[..., Any]:
         fusion.install_if_inductor(op)
         sharding.install_if_distributed(op)
         digest.in_cache_key()
+        no_formula.traced(op, args)
         binding = bind(op.spec, args)
         source = fake_source(op)
         if source == "register_fake":

@@ -50,6 +50,7 @@ class Op(Generic[P, R]):
         self.formula: tuple[Callable[..., Any] | None, ...] = ()
         self.batching: Callable[..., Any] | None = None
         self.traced = False  # whether a compiler has seen the fake
+        self.gradless_logged = False
         self.has_vmap = False
         self.fusion: Fusion | None = None
         self.sharding: sharding.Rule | None = None

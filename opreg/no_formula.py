@@ -1,0 +1,60 @@
+"""Calls of an op without backward formula on tensors that require gradients.
+
+torch would record what the kernel happens to do inside: some gradient in eager mode, with a warning, and none from a
+kernel in C++ or in a compiled graph. Here such a call gives results whose backward is an error that says what is
+missing; forward alone stays allowed, since models are served with parameters that require gradients. A compiled graph
+cannot hold the error: it treats the results as constants, which is logged when it is traced.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .errors import AutogradError
+
+if TYPE_CHECKING:
+    from .op import Op
+
+_log = logging.getLogger("opreg")
+
+
+class _Opaque(torch.autograd.Function):
+    """Results of a call that no gradient can pass."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, run: Callable[[], Any], *tensors: torch.Tensor) -> Any:
+        ctx.name = name
+        made = run()
+        return tuple(made) if isinstance(made, (list, tuple)) else made
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise AutogradError(
+            f"{ctx.name}: backward was called, but the op has no backward formula; register one with "
+            "register_autograd, or call the op under torch.no_grad() or on tensors that are detached"
+        )
+
+
+def call(op: Op, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """The op's kernel on `args`, of which some tensor requires a gradient."""
+    flat = [t for value in args for t in (value if isinstance(value, (list, tuple)) else (value,))]
+    tensors = [t for t in flat if isinstance(t, torch.Tensor)]
+    made = _Opaque.apply(op.name, lambda: op.call_with(run, args), *tensors)  # type: ignore[no-untyped-call]
+    return list(made) if op.spec.returns and op.spec.returns[0].type.endswith("[]") else made
+
+
+def traced(op: Op, args: Sequence[Any]) -> None:
+    """Log, once per op, that a graph is being made in which no gradient passes the op."""
+    if op.gradless_logged or op.has_autograd or op.spec.mutates or not torch.is_grad_enabled():
+        return
+    if any(isinstance(value, torch.Tensor) and value.requires_grad for value in args):
+        op.gradless_logged = True
+        _log.warning(
+            "%s: compiled with inputs that require gradients, but it has no backward formula: no gradient passes it. "
+            "Register one with register_autograd, or compile under torch.no_grad()",
+            op.name,
+        )

@@ -15,7 +15,7 @@ from .samples import Call, tensors_of
 
 
 def check_modes(op: Op[Any, Any], call: Call) -> Iterator[str]:
-    """How the op's results differ between no_grad, inference mode and a call of which gradients are wanted."""
+    """How results differ between no_grad, inference mode, grad mode and a call of which gradients are wanted."""
     try:
         expected = run(op, op.function, call)
     except (Refused, Crashed):
@@ -30,6 +30,7 @@ def check_modes(op: Op[Any, Any], call: Call) -> Iterator[str]:
     with torch.inference_mode():
         # Made in here, so that they are tensors of inference mode, as a model's are.
         yield from _differs(op, call, call.fresh(), torch.inference_mode(), expected, "in inference mode", True)
+    yield from _differs(op, call, call.fresh(), torch.enable_grad(), expected, "in grad mode", True)
     given = _wanting(op, call)
     if given is not None:
         # An op without a formula may well fail there (numpy(), out=): the caller sees that. Other numbers he does not.

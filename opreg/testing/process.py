@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,12 +36,24 @@ def _set_environment(values: dict[str, str]) -> None:
     os.environ.update(values)
 
 
+def _matmul_precision() -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch 2.9 says once per process that there are newer settings
+        return torch.get_float32_matmul_precision()
+
+
+def _set_matmul_precision(precision: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        torch.set_float32_matmul_precision(precision)
+
+
 _STATE: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "grad mode": (torch.is_grad_enabled, torch.set_grad_enabled),
     "default dtype": (torch.get_default_dtype, torch.set_default_dtype),
     "default device": (torch.get_default_device, torch.set_default_device),
     "number of threads": (torch.get_num_threads, torch.set_num_threads),
-    "float32 matmul precision": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    "float32 matmul precision": (_matmul_precision, _set_matmul_precision),
     "choice of deterministic algorithms": (
         torch.are_deterministic_algorithms_enabled,
         lambda on: torch.use_deterministic_algorithms(on, warn_only=True),

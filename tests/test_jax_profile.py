@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import jax.numpy as jnp
 import pytest
@@ -11,6 +12,13 @@ import torch
 import opreg
 from opreg import profile, recompiles, transfer
 from opreg.recompiles import RecompileError, compiled_graphs, no_recompiles
+
+
+@pytest.fixture(autouse=True)
+def without_torch_xla(monkeypatch):
+    """As in a process that has not imported it; in its lane, another file's tests may have."""
+    for name in ("torch_xla", "torch_xla.runtime"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
 
 
 def plus_one(a):

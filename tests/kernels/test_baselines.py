@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from opreg.ops.gdn_attention_inputs import Heads, clone_call, make_call
 from opreg.ops.paged_attention_inputs import make_batch
 from opreg.ops.ragged_paged_attention import ragged_paged_attention
 
+# Only the lanes with an older torch may lack it; in the main environment its absence fails these tests.
 needs_transformers = pytest.mark.skipif(
-    importlib.util.find_spec("transformers") is None, reason="transformers is not installed in this environment"
+    importlib.util.find_spec("transformers") is None and not version("torch").startswith("2.13."),
+    reason="transformers is not installed in this lane",
 )
 
 

@@ -41,9 +41,7 @@ class _Opaque(torch.autograd.Function):
 
 def call(op: Op, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     """The op's kernel on `args`, of which some tensor requires a gradient."""
-    flat = [t for value in args for t in (value if isinstance(value, (list, tuple)) else (value,))]
-    tensors = [t for t in flat if isinstance(t, torch.Tensor)]
-    made = _Opaque.apply(op.name, lambda: op.call_with(run, args), *tensors)  # type: ignore[no-untyped-call]
+    made = _Opaque.apply(op.name, lambda: op.call_with(run, args), *_tensors(args))  # type: ignore[no-untyped-call]
     return list(made) if op.spec.returns and op.spec.returns[0].type.endswith("[]") else made
 
 
@@ -51,10 +49,16 @@ def traced(op: Op, args: Sequence[Any]) -> None:
     """Log, once per op, that a graph is being made in which no gradient passes the op."""
     if op.gradless_logged or op.has_autograd or op.spec.mutates or not torch.is_grad_enabled():
         return
-    if any(isinstance(value, torch.Tensor) and value.requires_grad for value in args):
+    if any(tensor.requires_grad for tensor in _tensors(args)):
         op.gradless_logged = True
         _log.warning(
             "%s: compiled with inputs that require gradients, but it has no backward formula: no gradient passes it. "
             "Register one with register_autograd, or compile under torch.no_grad()",
             op.name,
         )
+
+
+def _tensors(args: Sequence[Any]) -> list[torch.Tensor]:
+    """The tensors among the arguments, those in lists as well."""
+    flat = [t for value in args for t in (value if isinstance(value, (list, tuple)) else (value,))]
+    return [t for t in flat if isinstance(t, torch.Tensor)]

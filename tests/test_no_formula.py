@@ -71,6 +71,12 @@ def test_a_compiled_graph_says_once_that_no_gradient_passes(caplog: pytest.LogCa
     assert line.startswith("t_no_formula::scale: compiled with inputs that require gradients")
 
 
+def test_tensors_in_a_list_are_seen_by_compilers_too(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="opreg"):
+        torch.compile(lambda x: pair([x, x])[0], backend="aot_eager", fullgraph=True)(wants())
+    assert any(record.getMessage().startswith("t_no_formula::pair: compiled") for record in caplog.records)
+
+
 def test_a_formula_may_come_after_the_first_call() -> None:
     @register_op("t_no_formula::late")
     def late(x: Annotated[Tensor, "n"]) -> Annotated[Tensor, "n"]:

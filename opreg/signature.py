@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Union
 
 import torch
 
-from . import library, spellings
+from . import consistency, library, spellings
 from .context import LayerNameMark
 from .errors import RegistrationError, SignatureError, nearest
 from .shapes import Shape, ShapeSyntaxError, parse
@@ -209,10 +209,10 @@ def read_op(
     if kind == "attention" or any(arg.mutated for arg in args):
         # A layer that is written to keeps a cache, as a rule; only an op that merely returns something may be pure.
         args = [replace(arg, mutated=arg.mutated or arg.layer) for arg in args]
-    _check_starts(name, args)
+    consistency.check_starts(name, args)
     returns, returns_tuple = _read_returns(front, hints)
-    _check_names(name, args, returns)
-    _check_effect(name, args, returns)
+    consistency.check_names(name, args, returns)
+    consistency.check_effect(name, args, returns)
     return OpSpec(
         name=name,
         args=tuple(args),
@@ -240,18 +240,6 @@ def _starts(name: str, mutates_args: str | Iterable[str] | Mapping[str, str]) ->
                 f"{', '.join(map(repr, STARTS))}.{nearest(str(start), STARTS)}"
             )
     return dict(mutates_args)
-
-
-def _check_starts(name: str, args: list[ArgSpec]) -> None:
-    counted = any(arg.layer or (arg.name == "num_actual_tokens" and arg.type.startswith("SymInt")) for arg in args)
-    for arg in args:
-        if arg.start == "tail" and not counted:
-            raise RegistrationError(
-                f"{name}: '{arg.name}' starts as 'tail', but nothing says where the tail begins; give the op a "
-                "LayerName (its metadata has num_actual_tokens) or a parameter num_actual_tokens: int"
-            )
-        if arg.layer and arg.start not in (None, "state"):
-            raise RegistrationError(f"{name}: the layer '{arg.name}' can only start as 'state', not {arg.start!r}")
 
 
 def _read_parameter(
@@ -363,45 +351,6 @@ def _read_returns(front: _Front, hints: dict[str, Any]) -> tuple[tuple[ReturnSpe
     names = {torch.Tensor: "Tensor", int: "SymInt", float: "float", bool: "bool"}
     specs = tuple(ReturnSpec(names.get(p.bare, "Tensor[]"), p.shape, p.dtype) for p in found)
     return specs, many
-
-
-def _check_names(name: str, args: list[ArgSpec], returns: tuple[ReturnSpec, ...]) -> None:
-    """Every name of an output or an expression must be bound by an input before it is used."""
-    bound = {arg.name for arg in args if arg.type in ("SymInt", "int", "SymInt?")}
-    for arg in args:
-        for dim in arg.shape.dims if arg.shape else ():
-            for used in (n for n in dim.names if dim.kind == "expr" and n not in bound):
-                raise RegistrationError(
-                    f"{name}: contract of '{arg.name}' computes with '{used}' before any earlier argument defines it"
-                )
-            bound.update(dim.names)
-    tensors = [arg.name for arg in args if arg.is_tensor]
-    for result in returns:
-        for dim in result.shape.dims if result.shape else ():
-            if dim.kind == "any" or (dim.kind == "star" and not dim.names):
-                raise RegistrationError(
-                    f"{name}: '{dim.text}' in the output's contract has no size; name the dimension"
-                )
-            for used in (n for n in dim.names if n not in bound):
-                raise RegistrationError(
-                    f"{name}: the output's dim '{used}' is defined by no input; inputs define {sorted(bound)}."
-                    f"{nearest(used, bound)}"
-                )
-        if isinstance(result.dtype, Like) and result.dtype.name not in tensors:
-            raise RegistrationError(
-                f"{name}: like('{result.dtype.name}') names no tensor argument; there are {tensors}."
-                f"{nearest(result.dtype.name, tensors)}"
-            )
-
-
-def _check_effect(name: str, args: list[ArgSpec], returns: tuple[ReturnSpec, ...]) -> None:
-    if not returns and not any(arg.mutated for arg in args):
-        layer = next((arg.name for arg in args if arg.layer), None)
-        written = f"mutates_args=('{layer}',) if it writes its layer's state" if layer else "mutates_args=(...)"
-        raise RegistrationError(
-            f"{name}: returns nothing and mutates nothing, so every compiler removes it; name what it writes in "
-            f"{written}, or return a tensor that the caller uses"
-        )
 
 
 def _schema(args: list[ArgSpec], written: list[str], returns: tuple[ReturnSpec, ...], many: bool) -> str:

@@ -44,6 +44,15 @@ def dtensor_needs_a_result() -> bool:
     return torch_version() <= (2, 9)
 
 
+def forget_dispatch(op: torch._ops.OpOverload) -> None:
+    """Let compilers see what was registered since they first met `op`.
+
+    Under torch's Python dispatcher an operator keeps what it once found for a key, and registering forgets nothing: a
+    formula that comes after a first trace was ignored. Private and unchanged from torch 2.8 to 2.13.
+    """
+    op._dispatch_cache.clear()
+
+
 def fake_holder(qualname: str) -> Any:
     """Where torch keeps the fake implementations of an operator; unchanged from torch 2.8 to 2.13."""
     return torch._library.simple_registry.singleton.find(qualname).fake_impl

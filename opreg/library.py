@@ -81,12 +81,19 @@ def autograd(qualname: str, backward: Callable[..., Any], setup_context: Callabl
     """Register the backward formula, with torch.library's meaning of both arguments."""
     namespace, _ = split_name(qualname)
     torch.library.register_autograd(qualname, backward, setup_context=setup_context, lib=_library(namespace))
+    _compat.forget_dispatch(overload(qualname))
+
+
+def has_keyword_tensors(op: torch._ops.OpOverload) -> bool:
+    """Whether a keyword-only argument is a tensor: torch takes no formula for such an op."""
+    return bool(torch._library.utils.has_kwarg_only_tensors(op._schema))
 
 
 def vmap(qualname: str, fn: Callable[..., Any]) -> None:
     """Register the batching rule, with torch.library's meaning of `fn`."""
     namespace, _ = split_name(qualname)
     torch.library.register_vmap(qualname, fn, lib=_library(namespace))
+    _compat.forget_dispatch(overload(qualname))
 
 
 def infer_schema(signature: inspect.Signature, mutates_args: Sequence[str]) -> str:

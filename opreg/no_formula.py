@@ -2,20 +2,23 @@
 
 torch would record what the kernel happens to do inside: some gradient in eager mode, with a warning, and none from a
 kernel in C++ or in a compiled graph. Here such a call gives results whose backward is an error that says what is
-missing; forward alone stays allowed, since models are served with parameters that require gradients. A compiled graph
-cannot hold the error: it treats the results as constants, which is logged when it is traced. Nor can a tensor that an
-op writes in place: a cache would hold every step's graph. That is logged, too.
+missing; forward alone stays allowed, since models are served with parameters that require gradients. The same holds
+for compiled graphs: the backward graph calls an operator that raises. What an op writes in place cannot hold the error
+(a cache would hold every step's graph), nor can a graph that is traced without Dynamo (the first sight of the op comes
+too late). These two are logged.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from . import library
 from .errors import AutogradError
 
 if TYPE_CHECKING:
@@ -38,10 +41,14 @@ class _Opaque(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        raise AutogradError(
-            f"{ctx.name}: backward was called, but the op has no backward formula; register one with "
-            "register_autograd, or call the op under torch.no_grad() or on tensors that are detached"
-        )
+        raise _error(ctx.name)
+
+
+def _error(name: str) -> AutogradError:
+    return AutogradError(
+        f"{name}: backward was called, but the op has no backward formula; register one with register_autograd, or "
+        "call the op under torch.no_grad() or on tensors that are detached"
+    )
 
 
 def call(op: Op, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
@@ -52,20 +59,69 @@ def call(op: Op, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
 
 
 def traced(op: Op, args: Sequence[Any]) -> None:
-    """Log, once per op, that a graph is being made in which no gradient passes the op."""
-    if op.gradless_logged or op.has_autograd or not torch.is_grad_enabled():
+    """See to it that a graph that is being made holds the error, or log, once per op, that no gradient passes."""
+    if op.gradless_logged or op.refuses_gradients or op.has_autograd or not torch.is_grad_enabled():
         return
     if not any(tensor.requires_grad for tensor in _tensors(args)):
         return
     if op.spec.mutates:
         written(op)
         return
+    if not library.has_keyword_tensors(op.overload):
+        _refuse_in_graphs(op)
+        if torch._guards.CompileContext.current_compile_id() is not None:
+            return  # Dynamo runs the fake before anything differentiates the graph
     op.gradless_logged = True
     _log.warning(
         "%s: compiled with inputs that require gradients, but it has no backward formula: no gradient passes it. "
         "Register one with register_autograd, or compile under torch.no_grad()",
         op.name,
     )
+
+
+_RAISES = "opreg::no_gradient"
+
+
+@functools.cache
+def _raising() -> torch._ops.OpOverload:
+    """The operator that stands in backward graphs where a formula is missing."""
+
+    def no_gradient(grad: torch.Tensor, size: list[int], dtype: torch.dtype, op: str) -> torch.Tensor:
+        raise _error(op)
+
+    def shaped(grad: torch.Tensor, size: list[int], dtype: torch.dtype, op: str) -> torch.Tensor:
+        return grad.new_empty(size, dtype=dtype)
+
+    made = library.define(_RAISES, "(Tensor grad, SymInt[] size, ScalarType dtype, str op) -> Tensor")
+    library.implement(_RAISES, no_gradient)
+    library.fake(_RAISES, shaped)
+    return made
+
+
+def _refuse_in_graphs(op: Op) -> None:
+    """Give torch a formula that raises when it is computed, and gives way to one that is registered later."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any, **keyword_only_inputs: Any) -> None:
+        if op.has_autograd:
+            if op.formula[1] is not None:
+                op.formula[1](ctx, inputs, output, **keyword_only_inputs)
+            return
+        ctx.opreg_wanted = tree_map(lambda v: (v.shape, v.dtype) if isinstance(v, torch.Tensor) else None, inputs)
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        if op.has_autograd and op.formula[0] is not None:
+            return op.formula[0](ctx, *grads)
+        grad = next(leaf for leaf in tree_leaves(grads) if isinstance(leaf, torch.Tensor))
+
+        def refuse(wanted: Any) -> Any:
+            if isinstance(wanted, list):
+                return [refuse(one) for one in wanted]
+            return None if wanted is None else _raising()(grad, wanted[0], wanted[1], op.name)
+
+        return tuple(refuse(wanted) for wanted in ctx.opreg_wanted)
+
+    op.refuses_gradients = True
+    library.autograd(op.name, backward, setup_context)
 
 
 def written(op: Op) -> None:

@@ -51,6 +51,7 @@ class Op(Generic[P, R]):
         self.batching: Callable[..., Any] | None = None
         self.traced = False  # whether a compiler has seen the fake
         self.gradless_logged = False
+        self.refuses_gradients = False  # whether torch holds a formula of ours that raises
         self.has_vmap = False
         self.fusion: Fusion | None = None
         self.sharding: sharding.Rule | None = None
@@ -199,7 +200,8 @@ class Op(Generic[P, R]):
                 f"{self.name}: mutates {', '.join(self.spec.mutates)}, so it can have no backward formula; write a "
                 "functional op for training and let it return what it computes"
             )
-        library.autograd(self.name, backward, setup_context)
+        if not self.refuses_gradients:
+            library.autograd(self.name, backward, setup_context)
         self.has_autograd, self.formula = True, (backward, setup_context)
         digest.changed_after_trace(self, "a backward formula")
 

@@ -53,6 +53,11 @@ def forget_dispatch(op: torch._ops.OpOverload) -> None:
     op._dispatch_cache.clear()
 
 
+def build_key() -> str:
+    """What a library that links against torch's own must be built anew for."""
+    return f"{torch.__version__} {torch.version.git_version} {torch._C._GLIBCXX_USE_CXX11_ABI}"
+
+
 def fake_holder(qualname: str) -> Any:
     """Where torch keeps the fake implementations of an operator; unchanged from torch 2.8 to 2.13."""
     return torch._library.simple_registry.singleton.find(qualname).fake_impl

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import guard
 from .bench import Timing, interleave, per_call
 from .bench_compile import cold_compiles, warm_forwards
 from .bench_rows import Row, rows
@@ -89,8 +90,20 @@ def _ways(index: int) -> tuple[dict[str, Any], str]:
     name = f"{fn.__name__.strip('_')}_{next(_serial)}"
     op = register_op(f"opreg_bench::{name}", mutates_args=mutates)(fn)
     op.register_fake(_fake_like(fn, mutates))
-    ways = {"opreg": op, "opreg overload": op.overload, **_torch_ways(name, fn, mutates, op.spec.schema)}
+    ways: dict[str, Any] = {"opreg": op}
+    if guard.native() is not None:
+        ways["opreg, Python guard"] = _with_python_guard(f"opreg_bench::python_{name}", fn, mutates)
+    ways.update({"opreg overload": op.overload, **_torch_ways(name, fn, mutates, op.spec.schema)})
     return ways, expression
+
+
+def _with_python_guard(name: str, fn: Callable[..., Any], mutates: tuple[str, ...]) -> Any:
+    """The op as it is called where the native guard is not built."""
+    op = register_op(name, mutates_args=mutates)(fn)
+    op.register_fake(_fake_like(fn, mutates))
+    with guard.python():
+        op.op.calls._write()
+    return op
 
 
 def _fake_like(fn: Callable[..., Any], mutates: tuple[str, ...]) -> Callable[..., Any]:
@@ -104,8 +117,15 @@ def _fake_like(fn: Callable[..., Any], mutates: tuple[str, ...]) -> Callable[...
     return fake if all(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters) else fn
 
 
+class _Subclass(Tensor):
+    """What no guard lets pass."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+
 def eager_calls(rounds: int = 60) -> Iterator[Row]:
-    """Calls in plain eager, grad mode on and no input that wants a gradient; then the same under no_grad."""
+    """Calls in plain eager, grad mode on and no input that wants a gradient; the same under no_grad; and with a
+    subclass of Tensor, where the guard says no. `opreg` uses the guard that `opreg doctor` names."""
     x = [torch.randn(4) for _ in range(5)]
     names = {"x": x[0], "x1": x[1], "x2": x[2], "x3": x[3], "x4": x[4]}
     for index, (label, fn, _, _) in enumerate(_CASES):
@@ -116,6 +136,9 @@ def eager_calls(rounds: int = 60) -> Iterator[Row]:
         del calls["custom_op"], calls["opreg overload"]
         with torch.no_grad():
             yield from rows(f"eager, no_grad: {label}", per_call(calls, rounds=rounds), "define+impl")
+        refused = {**names, "x": x[0].as_subclass(_Subclass)}
+        slow = {way: (expression, {**refused, "f": ways[way]}) for way in ways if way != "custom_op"}
+        yield from rows(f"eager, slow path: {label}", per_call(slow, rounds=rounds), "define+impl")
 
 
 def compiled_calls(rounds: int = 60, many: int = 40) -> Iterator[Row]:
@@ -123,7 +146,7 @@ def compiled_calls(rounds: int = 60, many: int = 40) -> Iterator[Row]:
     x = [torch.randn(4) for _ in range(5)]
     for index, (label, _, mutates, _) in enumerate(_CASES):
         ways, expression = _ways(index)
-        del ways["opreg overload"]
+        ways = {way: ways[way] for way in ("opreg", "define+impl", "custom_op")}
         graphs: dict[str, tuple[str, dict[str, Any]]] = {}
         for way, function in ways.items():
             for calls in (1, many):

@@ -10,89 +10,42 @@ from __future__ import annotations
 
 import builtins
 import functools
+import textwrap
 from collections.abc import Callable
 from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch._C import _are_functorch_transforms_active, _has_torch_function_unary, _len_torch_dispatch_stack
-from torch.autograd import profiler
-
-from . import context, devices, no_formula
+from . import context, devices, guard, no_formula
 from .errors import KernelError
 from .runner import arguments, make_runner, parameters
-from .spec import REQUIRED, ArgSpec, OpSpec
+from .spec import REQUIRED, OpSpec
 
 if TYPE_CHECKING:
     from .op import Op
 
 
-def _guard_source(spec: OpSpec, first: ArgSpec) -> str:
-    """Condition under which a direct call of the kernel is the same as a call through the dispatcher.
-
-    Cheapest first (quiet ns): exact types 8 each, the profiler flag 6, function modes 17, the two other mode queries 30
-    each, grad mode 30. Whether a tensor wants a gradient costs 40 each, so of several it is asked in grad mode only.
-    """
-    types, grads = [], _grads(spec)
-    for arg in spec.args:
-        name = arg.name
-        if arg.layer or not arg.type.startswith("Tensor"):
-            continue
-        if arg.type in ("Tensor", "Tensor?"):
-            absent = f"{name} is None or " if arg.optional else ""
-            types.append(f"({absent}type({name}) is _Tensor or type({name}) is _Parameter)")
-        else:
-            absent = f"{name} is None or " if arg.optional else ""
-            types.append(f"({absent}_plain_list({name}))" if absent else f"_plain_list({name})")
-    modes = [
-        "not _profiler._is_profiler_enabled",
-        # Of a plain tensor it asks for modes alone.
-        f"not _function_mode({first.name})",
-        "not _dispatch_modes()",
-        "not _functorch()",
-    ]
-    asked = ["not _grad_enabled()", f"not ({' or '.join(grads)})"]
-    return " and ".join([*types, *modes, f"({' or '.join(asked if len(grads) > 1 else reversed(asked))})"])
-
-
-def _grads(spec: OpSpec) -> list[str]:
-    """Per tensor of a call, the question whether it requires a gradient."""
-    asked = []
-    for arg in spec.args:
-        if arg.type == "Tensor" and not arg.layer:
-            asked.append(f"{arg.name}.requires_grad")
-        elif arg.type == "Tensor?" and not arg.layer:
-            asked.append(f"({arg.name} is not None and {arg.name}.requires_grad)")
-        elif arg.type.startswith("Tensor") and not arg.layer:
-            asked.append(f"_any_grad({arg.name}{' or ()' if arg.optional else ''})")
-    return asked
-
-
-def _plain_list(values: Any) -> bool:
-    return all(value is None or type(value) in (torch.Tensor, torch.nn.Parameter) for value in values)
-
-
-def _any_grad(values: Any) -> bool:
-    return any(value is not None and value.requires_grad for value in values)
-
-
 _ANY_DEVICE = """\
 def {name}({parameters}):
-    _type = {device}
-    _run = {runners}.get(_type)
+{picked}    _run = {run}
     if _run is None:
-        _run = {make}(_type)
+        _run = {make}({device})
 {gradless}    return _run({arguments})
+"""
+
+_PICKED_INSIDE = """\
+    _run = _inside({tensors})
+    if _run is not None:
+        return _run({arguments})
 """
 
 # With a formula, torch calls what it registered first, and this one in a place where no gradient is recorded.
 _GRADLESS = """\
-    if _grad_enabled() and _any_requires_grad({tensors}):
+    if {wanted}:
         return _without_formula(_run, ({everything}))
 """
 # What an op writes can carry no gradient at all.
 _GRADLESS_WRITES = """\
-    if _grad_enabled() and _any_requires_grad({tensors}):
+    if {wanted}:
         _lost_gradient()
 """
 
@@ -104,7 +57,7 @@ def {name}({parameters}):
 
 _PUBLIC = """\
 def {name}({parameters}):
-{direct}{handle}    return {named}_overload({arguments}){end}
+{direct}{handle}    return {named}{operator}({arguments}){end}
 """
 
 _DIRECT = """\
@@ -112,6 +65,17 @@ _DIRECT = """\
         _run = _cpu if {first}.is_cpu else _runners.get({first}.device.type)
 {on_xla}        if _run is not None:
             return {named}_run({arguments}){end}
+"""
+
+_PICKED = """\
+    _run = _outside({tensors})
+    if _run is not None:
+        return {named}_run({arguments}){end}
+"""
+
+_LOOK = """\
+    if len(_implementations) != _seen:
+        _look()
 """
 
 # An op that writes must not wait for the dispatcher to make the runner: on XLA it would not come back (xla_writes.py).
@@ -138,19 +102,11 @@ def _traced(*args: Any, **kwargs: Any) -> Any:
 
 _SHARED: dict[str, Any] = {
     "__builtins__": builtins,
-    "_Parameter": torch.nn.Parameter,
-    "_Tensor": torch.Tensor,
-    "_any_grad": _any_grad,
-    "_any_requires_grad": torch._C._any_requires_grad,
+    **guard.NAMES,
     "_cpu": None,  # the runner for CPU tensors: a global costs 15 ns less than the look-up in _runners
-    "_dispatch_modes": _len_torch_dispatch_stack,
-    "_function_mode": _has_torch_function_unary,
-    "_functorch": _are_functorch_transforms_active,
-    "_grad_enabled": torch.is_grad_enabled,
+    "_cpu_unchecked": None,
     "_handle_of_string": context.handle_of_string,
     "_layer_handle": context.layer_handle,
-    "_plain_list": _plain_list,
-    "_profiler": profiler,
 }
 
 
@@ -164,9 +120,13 @@ class Calls:
         self.op = op
         self.runners: dict[str, Callable[..., Any]] = {}
         self.unchecked: dict[str, Callable[..., Any]] = {}
+        self._picks: tuple[Any, ...] = ()
         self._names: dict[str, Any] = {
             **_SHARED,
             "_default_device": _default_device,
+            "_look": self._look,
+            # What OpOverload.__call__ calls: 0.2 us less. Dynamo must see the OpOverload itself.
+            "_operator": op.overload._op,
             "_overload": op.overload,
             "_runner": self.runner,
             "_runners": self.runners,
@@ -181,7 +141,7 @@ class Calls:
         self.entry = self._function(_entry_at_first.__code__)
         self.traced = FunctionType(_traced.__code__, self._names, self._name)
         if op.spec.layer_arg is not None or op.spec.named is not None:
-            self.traced = self._function(self._code(_PUBLIC, direct=""))
+            self.traced = self._function(self._code(_PUBLIC.replace("{direct}", ""), operator="_overload"))
 
     @property
     def _name(self) -> str:
@@ -198,6 +158,7 @@ class Calls:
     def _code(self, source: str, **parts: str | None) -> CodeType:
         spec, layer = self.op.spec, self.op.spec.layer_arg
         parts.update(name=self._name, parameters=parameters(spec), arguments=arguments(spec))
+        parts.setdefault("operator", "_operator")
         parts["named"], parts["end"] = ("_Named(*", ")") if spec.named is not None else ("", "")
         parts["handle"] = f"    {layer.name} = _layer_handle({layer.name})\n" if layer else ""
         module = compile(source.format(device=_device_source(spec), **parts), f"<opreg {spec.name}>", "exec")
@@ -205,26 +166,56 @@ class Calls:
 
     def _write(self) -> Calls:
         """Give public and entry their code."""
-        spec = self.op.spec
-        first, direct = spec.first_tensor, ""
-        if first is not None:
-            on_xla = _ON_XLA.format(first=first.name) if spec.mutates else ""
-            direct = _DIRECT.format(
-                guard=_guard_source(spec, first),
-                first=first.name,
-                on_xla=on_xla,
-                arguments=arguments(spec),
-                named="_Named(*" if spec.named is not None else "",
-                end=")" if spec.named is not None else "",
-            )
-        tensors = ", ".join(arg.name for arg in spec.args if arg.type.startswith("Tensor") and not arg.layer)
-        gradless = ""
-        if tensors and (spec.returns or spec.mutates):
+        spec, first = self.op.spec, self.op.spec.first_tensor
+        outside, inside = (guard.pick(spec, where, self._look) for where in (True, False))
+        self._picks = tuple(pick for pick in (outside, inside) if pick is not None)
+        self._names.update(_outside=outside, _inside=inside)
+        for device_type, run in self.runners.items():
+            self._set(device_type, run)
+        tensors = "".join(f"{arg.name}, " for arg in guard.tensors(spec))
+        wanted, gradless = guard.gradient_wanted(spec), ""
+        if wanted and guard.loses_gradients(spec):
             everything = "".join(f"{arg.name}, " for arg in spec.args)
-            gradless = (_GRADLESS_WRITES if spec.mutates else _GRADLESS).format(tensors=tensors, everything=everything)
-        self.entry.__code__ = self._code(_ANY_DEVICE, runners="_runners", make="_runner", gradless=gradless)
-        self.public.__code__ = self._code(_PUBLIC, direct=direct)
+            template = _GRADLESS_WRITES if spec.mutates else _GRADLESS
+            gradless = template.format(wanted=wanted, everything=everything)
+        picked = _PICKED_INSIDE if inside is not None else ""
+        self.entry.__code__ = self._any_device(
+            "_runner", self._cached_run("_runners"), gradless=gradless, picked=picked, tensors=tensors
+        )
+        if first is None or guard.setting() == "off":
+            self.public.__code__ = self._code(_PUBLIC.replace("{direct}", ""))
+            return self
+        on_xla = _ON_XLA if spec.mutates else ""
+        direct = _DIRECT.replace("{on_xla}", on_xla).replace("{guard}", guard.condition(spec, first))
+        if outside is not None:
+            # The native guard leaves tensors of torch_xla, wrappers of functionalization, to the dispatcher.
+            on_xla = f"    if type({first.name}) is _Tensor and {first.name}.is_xla:\n{textwrap.indent(direct, '    ')}"
+            direct = _PICKED + (on_xla if spec.mutates else "")
+        self.public.__code__ = self._code(
+            _PUBLIC.replace("{direct}", direct + _LOOK), tensors=tensors, first=first.name
+        )
         return self
+
+    def _look(self) -> None:
+        """See whether somebody else has registered an implementation of this op, which a direct call would pass by."""
+        seen = guard.free_of_others(self.op.name)
+        if seen < 0:
+            self.public.__code__ = self._code(_PUBLIC.replace("{direct}", ""))
+        self._names["_seen"] = seen
+        for pick in self._picks:
+            pick.seen = seen
+
+    def _cached_run(self, runners: str) -> str:
+        """The expression for a runner that has been made."""
+        first = self.op.spec.first_tensor
+        if first is None:
+            return f"{runners}.get({_device_source(self.op.spec)})"
+        cpu = {"_runners": "_cpu", "_unchecked": "_cpu_unchecked"}[runners]
+        return f"{cpu} if {first.name}.is_cpu else {runners}.get({first.name}.device.type)"
+
+    def _any_device(self, make: str, run: str, **parts: str) -> CodeType:
+        source = _ANY_DEVICE.replace("{picked}", parts.pop("picked", ""))
+        return self._code(source, make=make, run=run, **{"gradless": "", **parts})
 
     def named(self, layer: str) -> FunctionType:
         """What torch.ops calls with the name of a layer, `layer` being the parameter that takes it."""
@@ -235,26 +226,37 @@ class Calls:
     @functools.cached_property
     def compiled(self) -> FunctionType:
         """What compiled graphs call: no contract check, no dispatcher."""
-        return self._function(self._code(_ANY_DEVICE, runners="_unchecked", make="_unchecked_runner", gradless=""))
+        return self._function(self._any_device("_unchecked_runner", self._cached_run("_unchecked")))
 
     def runner(self, device_type: str) -> Callable[..., Any]:
         """The runner of a device, made at its first call."""
         if device_type == "meta":
             raise KernelError(f"{self.op.name}: called on meta tensors outside a fake implementation")
         run = self.runners.setdefault(device_type, make_runner(self.op, device_type))
+        self._set(device_type, run)
+        return run
+
+    def _set(self, device_type: str, run: Callable[..., Any]) -> None:
+        """Let the functions find a runner without a look-up."""
         if device_type == "cpu":
             self._names["_cpu"] = run
-        return run
+        for pick in self._picks:
+            pick.set(device_type, run)
 
     def unchecked_runner(self, device_type: str) -> Callable[..., Any]:
         """The runner for compiled graphs, whose sizes were checked when they were traced."""
-        return self.unchecked.setdefault(device_type, make_runner(self.op, device_type, checked=False))
+        run = self.unchecked.setdefault(device_type, make_runner(self.op, device_type, checked=False))
+        if device_type == "cpu":
+            self._names["_cpu_unchecked"] = run
+        return run
 
     def reset(self) -> None:
         """Forget the runners: the next call chooses anew."""
         self.runners.clear()
         self.unchecked.clear()
-        self._names["_cpu"] = None
+        self._names["_cpu"] = self._names["_cpu_unchecked"] = None
+        for pick in self._picks:
+            pick.clear()
 
 
 def _default_device() -> str:

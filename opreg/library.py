@@ -68,6 +68,11 @@ def fake(qualname: str, fn: Callable[..., Any], source: str = "") -> None:
     library._registration_handles.append(holder.register(fn, source or fn.__module__, lib=library, allow_override=True))
 
 
+def implementations() -> set[str]:
+    """The keys "ns/op/DispatchKey" of all implementations registered through torch.library, in torch's own set."""
+    return torch.library._impls
+
+
 def define_with_public_calls(qualname: str, schema: str, fn: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """The same operator with torch.library's own calls, as serving engines make it: a baseline for benchmarks."""
     namespace, name = split_name(qualname)

@@ -160,12 +160,6 @@ def make_runner(op: Op, device_type: str, checked: bool = True) -> Callable[...,
         return kernel
     names: dict[str, Any] = {"_kernel": kernel, "_current": context._current}
     names.update(
-        {
-            "_grad_enabled": torch.is_grad_enabled,
-            "_wrote": versions.wrote if all(arg.type == "Tensor" for arg in noted) else versions.wrote_any,
-        }
-    )
-    names.update(
         {f"_c_{arg.name}": (*arg.choices, *((None,) if arg.optional else ())) for arg in spec.args if arg.choices}
     )
     names.update({f"_t_{arg.name}": arg.dtype for arg in spec.args if isinstance(arg.dtype, torch.dtype)})
@@ -197,7 +191,7 @@ def make_runner(op: Op, device_type: str, checked: bool = True) -> Callable[...,
     if noted:
         # A kernel that writes memory itself does not tell autograd, and a value that a backward needs would be
         # overwritten without its error. Compiled graphs see to that themselves, and without grad mode nothing is saved.
-        lines.append(f"    if _grad_enabled(): _wrote(({''.join(f'{arg.name}, ' for arg in noted)}))")
+        lines.append(f"    {versions.count(noted, names)}")
     if contiguous and not spec.returns_tuple:
         # A kernel such as `x * 2` follows the strides of its input; compiled graphs rely on those that the contract's
         # fake gave (HAZARDS 8). 40 ns for the question; a copy only where they differ.

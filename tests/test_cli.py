@@ -228,7 +228,7 @@ def test_doctor_json_embeds_what_an_issue_needs(capsys, monkeypatch) -> None:
     monkeypatch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: "PyTorch version: x")
     facts = json.loads(out_of(capsys, "doctor", "--json"))
     assert list(facts) == [
-        *("opreg", "torch", "schema_version", "python", "platform", "devices", "compiler"),
+        *("opreg", "torch", "schema_version", "python", "platform", "devices", "compiler", "guard"),
         *("packages", "plugins", "environment", "problems", "remarks", "collect_env"),
     ]
     assert facts["collect_env"] == "PyTorch version: x"

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from opreg import __version__
 from opreg.errors import OpregError, UnknownOpError
 
-from . import bench, check, doctor, graph, list, show
+from . import bench, build, check, doctor, graph, list, show
 from .start import FAILED, USAGE
 
-COMMANDS = (list, show, check, bench, graph, doctor)
+COMMANDS = (list, show, check, bench, graph, build, doctor)
 """Modules of the sub-commands, in the order of `opreg --help`."""
 
 

@@ -28,6 +28,7 @@ VARIABLES = (
     "OPREG_NO_BUILD",
     "OPREG_CACHE_DIR",
     "OPREG_ALIAS_GUARD",
+    "OPREG_GUARD",
     "CXX",
     "JAX_ENABLE_X64",
     "PJRT_DEVICE",
@@ -154,13 +155,14 @@ def _support() -> str:
 def _json(packages: list[Package], plugins: list[Plugin], problems: list[str], remarks: list[str]) -> dict[str, Any]:
     from torch.utils.collect_env import get_pretty_env_info
 
-    from opreg import devices
+    from opreg import devices, guard
 
     return start.envelope(
         python=platform.python_version(),
         platform=platform.platform(),
         devices=devices.present(),
         compiler=footguns.compiler(),
+        guard=guard.in_use(),
         packages=[asdict(package) for package in packages],
         plugins=[asdict(plugin) for plugin in plugins],
         environment={name: os.environ.get(name) for name in VARIABLES},
@@ -174,13 +176,14 @@ def _text(packages: list[Package], plugins: list[Plugin], problems: list[str], r
     import torch
 
     import opreg
-    from opreg import devices
+    from opreg import devices, guard
 
     compiler = footguns.compiler()
     rows: list[tuple[str, ...]] = [
         (f"opreg {opreg.__version__}", str(Path(opreg.__file__).parent), f"python {platform.python_version()}"),
         (f"torch {torch.__version__}", _support(), f"devices: {' '.join(devices.present())}"),
         ("C++ compiler", compiler or "not found", "C++ kernels and Inductor on cpu" + ("" if compiler else " are off")),
+        ("guard", guard.in_use(), "which eager calls go straight to the kernel"),
         *(_package_row(package) for package in packages),
     ]
     for i, plugin in enumerate(plugins):

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -60,10 +58,10 @@ def _functionalization() -> Iterator[str]:
 
 
 def compiler() -> str | None:
-    """The C++ compiler that Inductor and the C++ kernels call: what CXX says, else the usual names."""
-    wanted = os.environ.get("CXX")
-    names = [shlex.split(wanted)[0]] if wanted and shlex.split(wanted) else ["g++", "c++", "clang++"]
-    return next(filter(None, map(shutil.which, names)), None)
+    """The C++ compiler that Inductor, the C++ kernels and the native guard call."""
+    from opreg import guard_build
+
+    return guard_build.compiler()
 
 
 def _compiler() -> Iterator[str]:

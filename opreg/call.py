@@ -43,6 +43,11 @@ _GRADLESS = """\
     if {wanted}:
         return _without_formula(_run, ({everything}))
 """
+# What an op writes can carry no gradient at all.
+_GRADLESS_WRITES = """\
+    if {wanted}:
+        _lost_gradient()
+"""
 
 _NAMED = """\
 def {name}({parameters}):
@@ -52,20 +57,20 @@ def {name}({parameters}):
 
 _PUBLIC = """\
 def {name}({parameters}):
-{direct}{handle}    return {operator}({arguments})
+{direct}{handle}    return {named}{operator}({arguments}){end}
 """
 
 _DIRECT = """\
     if {guard}:
         _run = _cpu if {first}.is_cpu else _runners.get({first}.device.type)
 {on_xla}        if _run is not None:
-            return _run({arguments})
+            return {named}_run({arguments}){end}
 """
 
 _PICKED = """\
     _run = _outside({tensors})
     if _run is not None:
-        return _run({arguments})
+        return {named}_run({arguments}){end}
 """
 
 _LOOK = """\
@@ -119,6 +124,7 @@ class Calls:
         self._names: dict[str, Any] = {
             **_SHARED,
             "_default_device": _default_device,
+            "_Named": op.spec.named,
             "_look": self._look,
             "_overload": op.overload,
             "_runner": self.runner,
@@ -134,7 +140,7 @@ class Calls:
         self.public = self._function(_public_at_first.__code__)
         self.entry = self._function(_entry_at_first.__code__)
         self.traced = FunctionType(_traced.__code__, self._names, self._name)
-        if op.spec.layer_arg is not None:
+        if op.spec.layer_arg is not None or op.spec.named is not None:
             self.traced = self._function(self._code(_PUBLIC.replace("{direct}", ""), operator="_overload"))
 
     def _function(self, code: CodeType) -> FunctionType:
@@ -148,6 +154,7 @@ class Calls:
         spec, layer = self.op.spec, self.op.spec.layer_arg
         parts.update(name=self._name, parameters=parameters(spec), arguments=arguments(spec))
         parts.setdefault("operator", "_operator")
+        parts["named"], parts["end"] = ("_Named(*", ")") if spec.named is not None else ("", "")
         parts["handle"] = f"    {layer.name} = _layer_handle({layer.name})\n" if layer else ""
         module = compile(source.format(device=_device_source(spec), **parts), f"<opreg {spec.name}>", "exec")
         return next(constant for constant in module.co_consts if isinstance(constant, CodeType))
@@ -160,13 +167,14 @@ class Calls:
         # _op is what OpOverload.__call__ calls: 0.2 us less. Dynamo must see the OpOverload itself.
         self._names.update(_outside=outside, _inside=inside, _operator=self.op.overload._op)
         self._names["_without_formula"] = functools.partial(no_formula.call, self.op)
+        self._names["_lost_gradient"] = functools.partial(no_formula.written, self.op)
         for device_type, run in self.runners.items():
             self._set(device_type, run)
         tensors = "".join(f"{arg.name}, " for arg in guard.tensors(spec))
         wanted, gradless = guard.gradient_wanted(spec), ""
         if wanted and guard.loses_gradients(spec):
             everything = "".join(f"{arg.name}, " for arg in spec.args)
-            gradless = _GRADLESS.format(wanted=wanted, everything=everything)
+            gradless = (_GRADLESS_WRITES if spec.mutates else _GRADLESS).format(wanted=wanted, everything=everything)
         picked = _PICKED_INSIDE if inside is not None else ""
         self.entry.__code__ = self._any_device(
             "_runner", self._cached_run("_runners"), gradless=gradless, picked=picked, tensors=tensors
@@ -259,7 +267,7 @@ def _device_source(spec: OpSpec) -> str:
     for arg in spec.args:
         if arg.type == "Tensor?" and not arg.layer:
             return f"{arg.name}.device.type if {arg.name} is not None else _default_device()"
-        if arg.type == "Tensor[]":
+        if arg.is_list and arg.type.startswith("Tensor"):
             return f"{arg.name}[0].device.type if {arg.name} else _default_device()"
         if arg.type in ("Device", "Device?"):
             return f"{arg.name}.type if {arg.name} is not None else _default_device()"

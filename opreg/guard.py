@@ -103,13 +103,13 @@ def pick(spec: OpSpec, outside: bool, look: Callable[[], None]) -> Any:
     module, asked, first = native(), tensors(spec), spec.first_tensor
     if module is None or first is None or len(asked) > 64:
         return None
-    kinds = "".join({"Tensor": "t", "Tensor?": "?"}.get(arg.type, "l") for arg in asked)
+    kinds = "".join("tolm"[2 * arg.is_list + arg.optional] for arg in asked)
     return module.Pick(kinds, asked.index(first), outside, outside or loses_gradients(spec), look)
 
 
 def loses_gradients(spec: OpSpec) -> bool:
-    """Whether results of this op, without a formula, must be marked as such where a gradient is wanted."""
-    return bool(spec.returns) and not spec.mutates
+    """Whether a call of this op, without a formula, must say that no gradient passes where one is wanted."""
+    return bool(spec.returns or spec.mutates)
 
 
 def condition(spec: OpSpec, first: ArgSpec) -> str:
@@ -123,11 +123,9 @@ def condition(spec: OpSpec, first: ArgSpec) -> str:
     types = []
     for arg in tensors(spec):
         name = arg.name
-        if arg.type in ("Tensor", "Tensor?"):
-            absent = f"{name} is None or " if arg.optional else ""
-            types.append(f"({absent}type({name}) is _Tensor or type({name}) is _Parameter)")
-        else:
-            types.append(f"_plain_list({name})")
+        absent = f"{name} is None or " if arg.optional else ""
+        plain = f"_plain_list({name})" if arg.is_list else f"type({name}) is _Tensor or type({name}) is _Parameter"
+        types.append(f"({absent}{plain})")
     modes = [
         "not _profiler._is_profiler_enabled",
         "len(_implementations) == _seen",
@@ -149,7 +147,7 @@ def gradient_wanted(spec: OpSpec) -> str:
         elif arg.type == "Tensor?":
             asked.append(f"({arg.name} is not None and {arg.name}.requires_grad)")
         else:
-            asked.append(f"_any_grad({arg.name})")
+            asked.append(f"_any_grad({arg.name}{' or ()' if arg.optional else ''})")
     if not asked:
         return ""
     both = ["_grad_enabled()", f"({' or '.join(asked)})" if len(asked) > 1 else asked[0]]

@@ -40,6 +40,8 @@ class _Namespace(torch._ops._OpNamespace):
     """torch.ops.ns for a namespace with operators of opreg. torch makes the objects behind `torch.ops.ns.op` when the
     name is first looked up, 60 us; this lets the OpOverload be the one that `define` has returned before."""
 
+    __module__ = torch._ops._OpNamespace.__module__  # torch builds the names of its objects from it
+
     def __getattr__(self, name: str) -> Any:
         qualname = f"{self.name}::{name}"
         packet = super().__getattr__(name)
@@ -62,7 +64,7 @@ def define(qualname: str, schema: str, tags: Sequence[torch.Tag] = ()) -> torch.
     library = _library(namespace)
     ops = getattr(torch.ops, namespace)
     packet, _, which = name.partition(".")
-    if which and packet in vars(ops) or torch.Tag.out in tags or torch.Tag.inplace in tags:
+    if (which and packet in vars(ops)) or torch.Tag.out in tags or torch.Tag.inplace in tags:
         library.define(f"{name}{schema}", tags=tuple(tags))
         return overload(qualname)
     library.m.define(f"{name}{schema}", "", tuple(tags))

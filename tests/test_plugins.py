@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 from textwrap import dedent
 
@@ -133,3 +134,32 @@ def test_verbose_shows_where_a_package_broke(site: Path) -> None:
     done = opreg(site, "list", "--names", "--verbose")
     assert "acme::twice" in done.stdout.split()
     assert f'File "{site / "acme_broken.py"}", line 12' in done.stderr
+
+
+def test_pytest_collects_conformance_tests_of_an_installed_package(site: Path, tmp_path: Path) -> None:
+    """A third party writes no test: its own test command, with one option, checks its ops."""
+    plugin = "import opreg.pytest_plugin as p, pytest, sys; sys.exit(pytest.main(sys.argv[1:], plugins=PLUGINS))"
+    named = any(point.value == "opreg.pytest_plugin" for point in entry_points(group="pytest11"))
+    done = subprocess.run(
+        [
+            *(sys.executable, "-c", plugin.replace("PLUGINS", "[]" if named else "[p]")),
+            *("-v", "-p", "no:cacheprovider", "--opreg-op", "acme::twice", str(tmp_path)),
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    lines = done.stdout.splitlines()
+
+    def outcome(start: str) -> str:
+        (line,) = [line for line in lines if line.startswith(f"::opreg::{start} ")]
+        return line.partition(f"{start} ")[2].split()[0]
+
+    assert outcome("acme::twice[checks]") == "PASSED", done.stdout + done.stderr
+    assert outcome("acme::twice[kernel reference-input 0]") == "PASSED"
+    assert outcome("acme::twice[kernel acme_ops_kernels/twice-input 0]") == "SKIPPED"
+    assert outcome("package acme_broken") == "FAILED"
+    assert "the package cannot be imported: ModuleNotFoundError: No module named 'acme_rt'" in done.stdout
+    assert done.returncode == 1

@@ -68,16 +68,17 @@ class _Entry(torch._library.simple_registry.SimpleOperatorEntry):
         return self.__dict__[name]
 
 
-def fake_kernel(qualname: str, fn: Callable[..., Any], source: str) -> Callable[..., Any]:
-    """Enter `fn` where FakeTensorMode looks for fakes; returns what belongs under Meta. Private, unchanged from torch
-    2.8 to 2.13."""
+def enter_fake(qualname: str, fn: Callable[..., Any], source: str) -> Callable[..., Any]:
+    """Enter `fn` where FakeTensorMode looks for fakes; returns what torch would register under Meta. Private, unchanged
+    from torch 2.8 to 2.13."""
     entries = torch._library.simple_registry.singleton._data
     entry = entries.get(qualname)
     if entry is None:
         entry = entries[qualname] = _Entry(qualname)
     entry.fake_impl.kernels.append(torch._library.utils.Kernel(fn, source))
-    kernel: Callable[..., Any] = torch._library.fake_impl.construct_meta_kernel(qualname, entry.fake_impl)
-    return kernel
+    return lambda *args, **kwargs: torch._library.fake_impl.construct_meta_kernel(qualname, entry.fake_impl)(
+        *args, **kwargs
+    )
 
 
 def identity_under_dynamo(ctx: Any, name: str) -> Any:

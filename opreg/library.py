@@ -53,6 +53,8 @@ class _Namespace(torch._ops._OpNamespace):
 
 
 _AWAITING: dict[str, torch._ops.OpOverload] = {}
+_DEFINED: set[str] = torch.library._defs
+_IMPLEMENTED: set[str] = torch.library._impls
 
 
 def define(qualname: str, schema: str, tags: Sequence[torch.Tag] = ()) -> torch._ops.OpOverload:
@@ -64,13 +66,14 @@ def define(qualname: str, schema: str, tags: Sequence[torch.Tag] = ()) -> torch.
     library = _library(namespace)
     ops = getattr(torch.ops, namespace)
     packet, _, which = name.partition(".")
-    if (which and packet in vars(ops)) or torch.Tag.out in tags or torch.Tag.inplace in tags:
+    met = packet in ops.__dict__
+    if (which and met) or (tags and (torch.Tag.out in tags or torch.Tag.inplace in tags)):
         library.define(f"{name}{schema}", tags=tuple(tags))
         return overload(qualname)
     library.m.define(f"{name}{schema}", "", tuple(tags))
     library._op_defs.add(qualname)
-    torch.library._defs.add(qualname)
-    if which or packet in vars(ops):
+    _DEFINED.add(qualname)
+    if which or met:
         return overload(qualname)
     if type(ops) is torch._ops._OpNamespace:
         ops.__class__ = _Namespace
@@ -92,8 +95,9 @@ def implement(qualname: str, fn: Callable[..., Any], key: str = "CompositeExplic
     namespace, name = split_name(qualname)
     library = _library(namespace)
     library.m.impl(name, key, fn, False)
-    library._op_impls.add(f"{namespace}/{name}/{key}")
-    torch.library._impls.add(f"{namespace}/{name}/{key}")
+    entry = f"{namespace}/{name}/{key}"
+    library._op_impls.add(entry)
+    _IMPLEMENTED.add(entry)
 
 
 def fake(qualname: str, fn: Callable[..., Any], source: str = "") -> None:
@@ -102,12 +106,18 @@ def fake(qualname: str, fn: Callable[..., Any], source: str = "") -> None:
     torch.library.register_fake does this after looking through the caller's frames for its module and file: 80 of its
     110 us.
     """
-    implement(qualname, _compat.fake_kernel(qualname, fn, source or fn.__module__), "Meta")
+    implement(qualname, enter_fake(qualname, fn, source), "Meta")
+
+
+def enter_fake(qualname: str, fn: Callable[..., Any], source: str = "") -> Callable[..., Any]:
+    """`fake` for an operator that is implemented under CompositeExplicitAutograd, which covers meta tensors: returns
+    what computes it on them."""
+    return _compat.enter_fake(qualname, fn, source or fn.__module__)
 
 
 def implementations() -> set[str]:
     """The keys "ns/op/DispatchKey" of all implementations registered through torch.library, in torch's own set."""
-    return torch.library._impls
+    return _IMPLEMENTED
 
 
 def define_with_public_calls(qualname: str, schema: str, fn: Callable[..., Any], fake: Callable[..., Any]) -> None:

@@ -74,7 +74,7 @@ class Op(Generic[P, R]):
             ) from None
         self.calls = call.Calls(self)
         library.implement(self.name, self.calls.entry)
-        library.fake(self.name, fake.make_fake(self), self.spec.source)
+        self.calls.on_meta = library.enter_fake(self.name, fake.make_fake(self), self.spec.source)
         xla_writes.catch(self)
         self.function = cast(OpFunction[P, R], self.calls.public)
         self._dress(self.calls.public)

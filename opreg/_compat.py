@@ -58,9 +58,36 @@ def build_key() -> str:
     return f"{torch.__version__} {torch.version.git_version} {torch._C._GLIBCXX_USE_CXX11_ABI}"
 
 
-def fake_holder(qualname: str) -> Any:
-    """Where torch keeps the fake implementations of an operator; unchanged from torch 2.8 to 2.13."""
-    return torch._library.simple_registry.singleton.find(qualname).fake_impl
+class _Entry(torch._library.simple_registry.SimpleOperatorEntry):
+    """What torch keeps per operator beside the dispatcher, all but the fake made at first need (20 us in 2.13, which
+    reads the schema to see whether the operator has effects)."""
+
+    def __init__(self, qualname: str) -> None:
+        self.qualname = qualname
+        self.fake_impl = torch._library.fake_impl.FakeImplHolder(qualname)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        whole = torch._library.simple_registry.SimpleOperatorEntry(self.qualname)
+        for known, value in vars(whole).items():
+            self.__dict__.setdefault(known, value)
+        if name not in self.__dict__:
+            raise AttributeError(name)
+        return self.__dict__[name]
+
+
+def enter_fake(qualname: str, fn: Callable[..., Any], source: str) -> Callable[..., Any]:
+    """Enter `fn` where FakeTensorMode looks for fakes; returns what torch would register under Meta. Private, unchanged
+    from torch 2.8 to 2.13."""
+    entries = torch._library.simple_registry.singleton._data
+    entry = entries.get(qualname)
+    if entry is None:
+        entry = entries[qualname] = _Entry(qualname)
+    entry.fake_impl.kernels.append(torch._library.utils.Kernel(fn, source))
+    return lambda *args, **kwargs: torch._library.fake_impl.construct_meta_kernel(qualname, entry.fake_impl)(
+        *args, **kwargs
+    )
 
 
 def identity_under_dynamo(ctx: Any, name: str) -> Any:

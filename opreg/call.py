@@ -16,7 +16,6 @@ from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
 
 from . import context, devices, guard, no_formula
-from .errors import KernelError
 from .runner import arguments, make_runner, parameters
 from .spec import REQUIRED, OpSpec
 
@@ -120,39 +119,26 @@ class Calls:
         self.op = op
         self.runners: dict[str, Callable[..., Any]] = {}
         self.unchecked: dict[str, Callable[..., Any]] = {}
+        self.on_meta: Callable[..., Any]  # the fake; given when the operator has been defined
         self._picks: tuple[Any, ...] = ()
-        self._names: dict[str, Any] = {
-            **_SHARED,
-            "_default_device": _default_device,
-            "_look": self._look,
-            # What OpOverload.__call__ calls: 0.2 us less. Dynamo must see the OpOverload itself.
-            "_operator": op.overload._op,
-            "_overload": op.overload,
-            "_runner": self.runner,
-            "_runners": self.runners,
-            "_unchecked": self.unchecked,
-            "_unchecked_runner": self.unchecked_runner,
-            "_without_formula": functools.partial(no_formula.call, op),
-            "_lost_gradient": functools.partial(no_formula.written, op),
-            "_write": self._write,
-            "_Named": op.spec.named,
-        }
+        given = [arg for arg in op.spec.args if arg.default is not REQUIRED]
+        self._name = op.name.partition("::")[2]
+        self._defaults = tuple([arg.default for arg in given if not arg.keyword_only])
+        self._keyword_defaults = {arg.name: arg.default for arg in given if arg.keyword_only}
+        # What the stand-ins name; the rest comes with the code that is written at the first call.
+        self._names: dict[str, Any] = {"__builtins__": builtins, "_overload": op.overload, "_write": self._write}
         self.public = self._function(_public_at_first.__code__)
         self.entry = self._function(_entry_at_first.__code__)
         self.traced = FunctionType(_traced.__code__, self._names, self._name)
         if op.spec.layer_arg is not None or op.spec.named is not None:
+            self._complete()
             self.traced = self._function(self._code(_PUBLIC.replace("{direct}", ""), operator="_overload"))
-
-    @property
-    def _name(self) -> str:
-        return self.op.name.split("::")[-1]
 
     def _function(self, code: CodeType) -> FunctionType:
         """A function of the op's globals and defaults; stand-ins take everything and never look at defaults."""
-        args = [arg for arg in self.op.spec.args if arg.default is not REQUIRED]
-        defaults = tuple(arg.default for arg in args if not arg.keyword_only)
-        made = FunctionType(code, self._names, self._name, defaults)
-        made.__kwdefaults__ = {arg.name: arg.default for arg in args if arg.keyword_only}
+        made = FunctionType(code, self._names, self._name, self._defaults)
+        if self._keyword_defaults:
+            made.__kwdefaults__ = dict(self._keyword_defaults)
         return made
 
     def _code(self, source: str, **parts: str | None) -> CodeType:
@@ -164,20 +150,38 @@ class Calls:
         module = compile(source.format(device=_device_source(spec), **parts), f"<opreg {spec.name}>", "exec")
         return next(constant for constant in module.co_consts if isinstance(constant, CodeType))
 
+    def _complete(self) -> None:
+        """Add to the globals what written code names."""
+        if "_runners" in self._names:
+            return
+        self._names.update(
+            _SHARED,
+            _Named=self.op.spec.named,
+            _default_device=_default_device,
+            _look=self._look,
+            _lost_gradient=functools.partial(no_formula.written, self.op),
+            _runner=self.runner,
+            _runners=self.runners,
+            _unchecked=self.unchecked,
+            _unchecked_runner=self.unchecked_runner,
+            _without_formula=functools.partial(no_formula.call, self.op),
+        )
+
     def _write(self) -> Calls:
         """Give public and entry their code."""
         spec, first = self.op.spec, self.op.spec.first_tensor
         outside, inside = (guard.pick(spec, where, self._look) for where in (True, False))
         self._picks = tuple(pick for pick in (outside, inside) if pick is not None)
-        self._names.update(_outside=outside, _inside=inside)
+        self._complete()
+        # _op is what OpOverload.__call__ calls: 0.2 us less. Dynamo must see the OpOverload itself.
+        self._names.update(_outside=outside, _inside=inside, _operator=self.op.overload._op)
         for device_type, run in self.runners.items():
             self._set(device_type, run)
         tensors = "".join(f"{arg.name}, " for arg in guard.tensors(spec))
         wanted, gradless = guard.gradient_wanted(spec), ""
         if wanted and guard.loses_gradients(spec):
             everything = "".join(f"{arg.name}, " for arg in spec.args)
-            template = _GRADLESS_WRITES if spec.mutates else _GRADLESS
-            gradless = template.format(wanted=wanted, everything=everything)
+            gradless = (_GRADLESS_WRITES if spec.mutates else _GRADLESS).format(wanted=wanted, everything=everything)
         picked = _PICKED_INSIDE if inside is not None else ""
         self.entry.__code__ = self._any_device(
             "_runner", self._cached_run("_runners"), gradless=gradless, picked=picked, tensors=tensors
@@ -220,19 +224,20 @@ class Calls:
     def named(self, layer: str) -> FunctionType:
         """What torch.ops calls with the name of a layer, `layer` being the parameter that takes it."""
         spec = self.op.spec
+        self._complete()
         silent = None if spec.mutates or spec.returns else spec.name
         return self._function(self._code(_NAMED, layer=layer, silent=silent))
 
     @functools.cached_property
     def compiled(self) -> FunctionType:
         """What compiled graphs call: no contract check, no dispatcher."""
+        self._complete()
         return self._function(self._any_device("_unchecked_runner", self._cached_run("_unchecked")))
 
     def runner(self, device_type: str) -> Callable[..., Any]:
         """The runner of a device, made at its first call."""
-        if device_type == "meta":
-            raise KernelError(f"{self.op.name}: called on meta tensors outside a fake implementation")
-        run = self.runners.setdefault(device_type, make_runner(self.op, device_type))
+        run = self.on_meta if device_type == "meta" else make_runner(self.op, device_type)
+        run = self.runners.setdefault(device_type, run)
         self._set(device_type, run)
         return run
 

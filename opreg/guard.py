@@ -103,12 +103,12 @@ def pick(spec: OpSpec, outside: bool, look: Callable[[], None]) -> Any:
     module, asked, first = native(), tensors(spec), spec.first_tensor
     if module is None or first is None or len(asked) > 64:
         return None
-    kinds = "".join({"Tensor": "t", "Tensor?": "?"}.get(arg.type, "o" if arg.optional else "l") for arg in asked)
+    kinds = "".join("tolm"[2 * arg.is_list + arg.optional] for arg in asked)
     return module.Pick(kinds, asked.index(first), outside, outside or loses_gradients(spec), look)
 
 
 def loses_gradients(spec: OpSpec) -> bool:
-    """Whether this op, without a formula, must say where a gradient is wanted that it returns or writes none."""
+    """Whether a call of this op, without a formula, must say that no gradient passes where one is wanted."""
     return bool(spec.returns or spec.mutates)
 
 
@@ -122,11 +122,9 @@ def condition(spec: OpSpec, first: ArgSpec) -> str:
     types = []
     for arg in tensors(spec):
         name = arg.name
-        if arg.type in ("Tensor", "Tensor?"):
-            absent = f"{name} is None or " if arg.optional else ""
-            types.append(f"({absent}type({name}) is _Tensor or type({name}) is _Parameter)")
-        else:
-            types.append(f"({name} is None or _plain_list({name}))" if arg.optional else f"_plain_list({name})")
+        absent = f"{name} is None or " if arg.optional else ""
+        plain = f"_plain_list({name})" if arg.is_list else f"type({name}) is _Tensor or type({name}) is _Parameter"
+        types.append(f"({absent}{plain})")
     modes = [
         "not _profiler._is_profiler_enabled",
         "len(_implementations) == _seen",

@@ -75,7 +75,7 @@ class Op(Generic[P, R]):
             ) from None
         self.calls = call.Calls(self)
         library.implement(self.name, self.calls.entry)
-        library.fake(self.name, fake.make_fake(self), self.spec.source)
+        self.calls.on_meta = library.enter_fake(self.name, fake.make_fake(self), self.spec.source)
         xla_writes.catch(self)
         self.function = cast(OpFunction[P, R], self.calls.public)
         self._dress(self.calls.public)
@@ -94,13 +94,11 @@ class Op(Generic[P, R]):
 
     def _dress(self, fn: Any) -> None:
         """Make the generated function look like the decorated one and carry this op's methods."""
-        for attribute in ("__module__", "__name__", "__qualname__", "__doc__", "__annotations__"):
-            setattr(fn, attribute, getattr(self.body, attribute))
-        fn.__wrapped__ = self.body
-        fn.op = self
-        fn.name, fn.spec, fn.overload = self.name, self.spec, self.overload
-        for method in _METHODS:
-            setattr(fn, method, getattr(self, method))
+        body = self.body
+        fn.__module__, fn.__name__, fn.__qualname__ = body.__module__, body.__name__, body.__qualname__
+        fn.__doc__, fn.__annotations__ = body.__doc__, body.__annotations__
+        attributes = {"__wrapped__": body, "op": self, "name": self.name, "spec": self.spec, "overload": self.overload}
+        fn.__dict__.update(attributes, **{method: getattr(self, method) for method in _METHODS})
         self.calls.traced.__name__ = fn.__name__
         _compat.trace_instead(fn, self.calls.traced)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections.abc
 import dis
 import enum
-import functools
 import inspect
 import types
 import typing
@@ -15,9 +14,10 @@ from typing import Annotated, Any, Literal, Union
 
 import torch
 
-from . import consistency, library, returns, spellings
+from . import consistency, hints, library, returns, spellings
 from .context import LayerNameMark
 from .errors import RegistrationError, SignatureError, nearest
+from .hints import Parameter
 from .shapes import Shape, ShapeSyntaxError, parse
 from .spec import KINDS, REQUIRED, STARTS, ArgSpec, Like, OpSpec, ReturnSpec
 
@@ -27,7 +27,7 @@ _LAYER_NAMES = {"layer", "layer_name", "layer_id", "layer_idx", "layer_index", "
 _GENERATORS = {torch.Generator: "Generator", typing.Optional[torch.Generator]: "Generator?"}  # noqa: UP045
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Hint:
     """An annotation taken apart: the bare type for torch and what opreg reads from the metadata."""
 
@@ -40,13 +40,17 @@ class _Hint:
     length: int | None = None
 
 
+_TAKEN_APART: dict[Any, _Hint] = {}
+"""What is known of annotations: most parameters of a package have one of a few."""
+
+
 class Front:
     """Reads one function. Every complaint starts with the op's name and the parameter."""
 
     def __init__(self, name: str, fn: Callable[..., Any]) -> None:
         self.name = name
         self.fn = fn
-        self.signature = inspect.signature(fn)
+        self.parameters = hints.parameters(fn)
 
     def refuse(self, parameter: str, what: str, cure: str) -> SignatureError:
         return SignatureError(f"{self.name}: parameter '{parameter}' {what}; {cure}")
@@ -55,7 +59,7 @@ class Front:
         # Names of the enclosing function are visible to its annotations too, as they are to its body.
         cells = inspect.getclosurevars(self.fn).nonlocals if self.fn.__closure__ else {}
         try:
-            return _type_hints(self.fn, dict(cells) or None)
+            return hints.type_hints(self.fn, dict(cells) or None)
         except NameError as error:
             raise SignatureError(
                 f"{self.name}: an annotation names '{error.name}', which is not defined in module "
@@ -63,6 +67,15 @@ class Front:
             ) from error
 
     def take_apart(self, parameter: str, hint: Any) -> _Hint:
+        try:
+            known = _TAKEN_APART.get(hint)
+        except TypeError:  # an annotation that has no hash
+            return self._take_apart(parameter, hint)
+        if known is None:
+            known = _TAKEN_APART[hint] = self._take_apart(parameter, hint)
+        return known
+
+    def _take_apart(self, parameter: str, hint: Any) -> _Hint:
         if _is_jaxtyping(hint):
             return self._jaxtyping(parameter, hint)
         origin = typing.get_origin(hint)
@@ -107,9 +120,9 @@ class Front:
         found = self.take_apart(parameter, base)
         for item in metadata:
             if isinstance(item, str):
-                found.shape = self.contract(parameter, item)
+                found = replace(found, shape=self.contract(parameter, item))
             elif isinstance(item, (torch.dtype, Like)):
-                found.dtype = item
+                found = replace(found, dtype=item)
         if (found.shape is not None or found.dtype is not None) and not _is_tensor_type(found.bare):
             raise self.refuse(parameter, f"has a shape contract but is not a tensor: {hint}", "annotate tensors only")
         return found
@@ -144,31 +157,14 @@ class Front:
 
     def _jaxtyping(self, parameter: str, hint: Any) -> _Hint:
         found = self.take_apart(parameter, hint.array_type)
-        found.shape = self.contract(parameter, " ".join(t.lstrip("#") if t != "#" else t for t in hint.dim_str.split()))
-        return found
+        text = " ".join(t.lstrip("#") if t != "#" else t for t in hint.dim_str.split())
+        return replace(found, shape=self.contract(parameter, text))
 
     def contract(self, parameter: str, text: str) -> Shape:
         try:
             return parse(text)
         except ShapeSyntaxError as error:
             raise SignatureError(f"{self.name}: contract of '{parameter}': {error}") from None
-
-
-@functools.lru_cache(maxsize=1024)
-def _parsed(annotation: str) -> types.CodeType:
-    return compile(annotation, "<annotation>", "eval")
-
-
-def _type_hints(fn: Callable[..., Any], local: dict[str, Any] | None) -> dict[str, Any]:
-    """typing.get_type_hints, which parses every annotation of every function anew (half of what reading an op cost)."""
-    evaluated = types.SimpleNamespace(
-        __globals__=fn.__globals__,
-        __annotations__={
-            name: eval(_parsed(hint), fn.__globals__, local) if isinstance(hint, str) else hint
-            for name, hint in fn.__annotations__.items()
-        },
-    )
-    return typing.get_type_hints(evaluated, localns=local, include_extras=True)
 
 
 def _is_jaxtyping(hint: Any) -> bool:
@@ -204,16 +200,16 @@ def read_op(
     starts = _starts(name, mutates_args)
     if kind is not None and kind not in KINDS:
         raise RegistrationError(f"{name}: kind={kind!r} is unknown; kinds are {', '.join(map(repr, KINDS))} or None")
-    parameters = front.signature.parameters
+    parameters = front.parameters
     for unknown in (m for m in starts if m not in parameters):
         raise RegistrationError(
             f"{name}: mutates_args names '{unknown}', which is no parameter; parameters are "
             f"{', '.join(parameters)}.{nearest(unknown, parameters)}"
         )
-    hints = front.hints()
+    evaluated = front.hints()
     args, written = [], []
     for parameter in parameters.values():
-        arg, text = _read_parameter(front, parameter, hints, starts)
+        arg, text = _known_parameter(front, parameter, evaluated, starts)
         args.append(arg)
         written.append(text)
     if sum(arg.layer for arg in args) > 1:
@@ -222,7 +218,7 @@ def read_op(
         # A layer that is written to keeps a cache, as a rule; only an op that merely returns something may be pure.
         args = [replace(arg, mutated=arg.mutated or arg.layer) for arg in args]
     consistency.check_starts(name, args)
-    results, returns_tuple, named = returns.read(front, hints)
+    results, returns_tuple, named = returns.read(front, evaluated)
     consistency.check_names(name, args, results)
     consistency.check_effect(name, args, results)
     return OpSpec(
@@ -233,7 +229,7 @@ def read_op(
         schema=schema or _schema(args, written, results, returns_tuple),
         kind=kind,
         tags=tags,
-        doc=inspect.getdoc(fn) or "",
+        doc=fn.__doc__ or "",
         source=source_of(fn),
         has_body=not _is_declaration(fn),
         named=named,
@@ -255,16 +251,36 @@ def _starts(name: str, mutates_args: str | Iterable[str] | Mapping[str, str]) ->
     return dict(mutates_args)
 
 
-def _read_parameter(
-    front: Front, parameter: inspect.Parameter, hints: dict[str, Any], starts: Mapping[str, str | None]
+_READ: dict[Any, tuple[ArgSpec, str]] = {}
+"""What parameters say, by name, annotation, default and start: those of a package's ops are much the same."""
+
+
+def _known_parameter(
+    front: Front, parameter: Parameter, evaluated: dict[str, Any], starts: Mapping[str, str | None]
 ) -> tuple[ArgSpec, str]:
-    if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+    """_read_parameter, 5 us the first time and 1 us when the like was read before."""
+    name, kind, default = parameter
+    # The repr tells 0.0 from -0.0 and (1,) from (True,), the annotation's type None from a missing one.
+    key = (name, kind, type(default), repr(default), evaluated.get(name, Ellipsis), starts.get(name, Ellipsis))
+    try:
+        known = _READ.get(key)
+    except TypeError:  # an annotation that has no hash
+        return _read_parameter(front, parameter, evaluated, starts)
+    if known is None:
+        known = _READ[key] = _read_parameter(front, parameter, evaluated, starts)
+    return known
+
+
+def _read_parameter(
+    front: Front, parameter: Parameter, evaluated: dict[str, Any], starts: Mapping[str, str | None]
+) -> tuple[ArgSpec, str]:
+    if parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
         raise front.refuse(parameter.name, "is *args or **kwargs", "a schema lists every argument by name and type")
-    if parameter.kind is parameter.POSITIONAL_ONLY:
+    if parameter.kind is inspect.Parameter.POSITIONAL_ONLY:
         raise front.refuse(parameter.name, "is positional-only", "remove the '/' from the signature")
-    if parameter.name not in hints:
+    if parameter.name not in evaluated:
         raise front.refuse(parameter.name, "has no annotation", f"write {parameter.name}: Tensor (or its type)")
-    hint = front.take_apart(parameter.name, hints[parameter.name])
+    hint = front.take_apart(parameter.name, evaluated[parameter.name])
     _check_layer_name(front, parameter.name, hint.bare)
     if isinstance(hint.dtype, Like):
         raise front.refuse(parameter.name, "is an input with like(...)", "like() belongs to outputs")
@@ -282,7 +298,7 @@ def _read_parameter(
         shape=hint.shape,
         dtype=hint.dtype,
         default=default,
-        keyword_only=parameter.kind is parameter.KEYWORD_ONLY,
+        keyword_only=parameter.kind is inspect.Parameter.KEYWORD_ONLY,
         mutated=parameter.name in starts,
         start=starts.get(parameter.name),
         layer=hint.layer,
@@ -297,7 +313,7 @@ def _read_parameter(
 _ASKED: dict[Any, tuple[str, str]] = {}
 
 
-def _schema_of_parameter(front: Front, parameter: inspect.Parameter, hint: _Hint, default: Any) -> str:
+def _schema_of_parameter(front: Front, parameter: Parameter, hint: _Hint, default: Any) -> str:
     """'Tensor? bias=None', 'SymInt n', ...; torch is asked for one parameter at a time so that the message is short."""
     bare = hint.bare
     if hint.as_tuple and default is not parameter.empty and default is not None:
@@ -316,10 +332,10 @@ def _schema_of_parameter(front: Front, parameter: inspect.Parameter, hint: _Hint
     if asked in _ASKED:
         kind, rest = _ASKED[asked]
         return f"{kind} {parameter.name}{rest}"
-    parameter = parameter.replace(annotation=bare, default=default, kind=parameter.POSITIONAL_OR_KEYWORD)
+    alone = inspect.Parameter(parameter.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=bare)
     try:
-        _check_default(parameter)
-        schema = library.infer_schema(inspect.Signature([parameter], return_annotation=None), ())
+        _check_default(alone)
+        schema = library.infer_schema(inspect.Signature([alone], return_annotation=None), ())
     except (ValueError, TypeError):
         shown = "" if default is parameter.empty else f" and default {default!r}"
         raise front.refuse(
@@ -333,7 +349,7 @@ def _schema_of_parameter(front: Front, parameter: inspect.Parameter, hint: _Hint
     return text
 
 
-def _tuple_with_default(front: Front, parameter: inspect.Parameter, hint: _Hint, default: Any) -> str:
+def _tuple_with_default(front: Front, parameter: Parameter, hint: _Hint, default: Any) -> str:
     """'SymInt[2] size=[1, 1]': infer_schema takes no default that is a sequence, the schema parser does."""
     text = _schema_of_parameter(front, parameter, hint, parameter.empty)
     element = next(arg for arg in (typing.get_args(hint.bare)[0], hint.bare) if typing.get_origin(arg) is list)
@@ -380,7 +396,7 @@ def _schema(args: list[ArgSpec], written: list[str], values: tuple[ReturnSpec, .
 
 def source_of(fn: Callable[..., Any]) -> str:
     """'path/of/file.py:12' of a function, or its module where there is no file."""
-    code = getattr(inspect.unwrap(fn), "__code__", None)
+    code = getattr(inspect.unwrap(fn) if hasattr(fn, "__wrapped__") else fn, "__code__", None)
     return f"{code.co_filename}:{code.co_firstlineno}" if code else str(getattr(fn, "__module__", "?"))
 
 

@@ -61,13 +61,14 @@ def op(kind: str) -> Spied:
 
 def spied(name: str) -> Spied:
     @register_op(name)
-    def plain(x: Tensor, more: list[Tensor], w: Tensor | None = None, by: float = 2.0) -> Tensor:
+    def plain(
+        x: Tensor, more: list[Tensor], w: Tensor | None = None, by: float = 2.0, rest: list[Tensor] | None = None
+    ) -> Tensor:
         out = x * by if w is None else x * w
         return out + sum(more) if more else out
 
-    made = Spied(plain)
-    plain(X, [])  # makes the runner
-    return made
+    plain(X, [])  # writes its functions and makes the runner
+    return Spied(plain)
 
 
 class Quiet(Tensor):
@@ -90,6 +91,7 @@ PLAIN: dict[str, tuple[Callable[[], Any], Callable[[], tuple[Any, ...]]]] = {
     "grad mode": (contextlib.nullcontext, lambda: (X, [])),
     "optional and list": (contextlib.nullcontext, lambda: (X, [X, X], X)),
     "parameter without gradient": (contextlib.nullcontext, lambda: (torch.nn.Parameter(X, requires_grad=False), [])),
+    "optional list": (contextlib.nullcontext, lambda: (X, (X,), None, 2.0, [X])),
     "view": (contextlib.nullcontext, lambda: (X.T[1:], [])),
     "no_grad": (torch.no_grad, lambda: (torch.nn.Parameter(X), [])),
     "inference mode": (torch.inference_mode, lambda: (X, [], X + 1)),
@@ -102,6 +104,7 @@ OTHER: dict[str, tuple[Callable[[], Any], Callable[[], tuple[Any, ...]]]] = {
     "subclass": (contextlib.nullcontext, lambda: (X.as_subclass(Quiet), [])),
     "subclass as optional": (contextlib.nullcontext, lambda: (X, [], X.as_subclass(Quiet))),
     "subclass in a list": (contextlib.nullcontext, lambda: (X, [X.as_subclass(Quiet)])),
+    "subclass in an optional list": (contextlib.nullcontext, lambda: (X, [], None, 2.0, [X.as_subclass(Quiet)])),
     "function mode": (PassFunctions, lambda: (X, [])),
     "dispatch mode": (PassDispatch, lambda: (X, [])),
     "profiler": (torch.autograd.profiler.profile, lambda: (X, [])),
@@ -200,7 +203,9 @@ def test_wrong_arguments_get_the_dispatcher_s_words(op: Spied) -> None:
 
 def test_a_new_kernel_is_used_by_the_next_call(op: Spied) -> None:
     @op.function.register_kernel("cpu")
-    def better(x: Tensor, more: list[Tensor], w: Tensor | None = None, by: float = 2.0) -> Tensor:
+    def better(
+        x: Tensor, more: list[Tensor], w: Tensor | None = None, by: float = 2.0, rest: list[Tensor] | None = None
+    ) -> Tensor:
         return x * 0
 
     assert torch.equal(op.function(X, []), 0 * X)

@@ -67,7 +67,7 @@ struct Pick {
   Py_ssize_t count;
   bool outside;        // asked for in place of the dispatcher, or by it
   bool grads;          // whether a wanted gradient is in the way
-  char kinds[64];      // per argument: 't' a tensor, '?' a tensor or None, 'l' a list of tensors or Nones, 'o' that or None
+  char kinds[64];      // per argument: 't' a tensor, 'o' a tensor or None, 'l' a list of those, 'm' a list or None
 };
 
 // Whether this value, an argument or an item of one, is in the way.
@@ -99,13 +99,13 @@ PyObject* choose(const Pick* self, PyObject* const* args) {
   const bool grad_mode = self->grads && c10::GradMode::is_enabled();
   for (Py_ssize_t i = 0; i < self->count; ++i) {
     PyObject* value = args[i];
-    if (self->kinds[i] != 'l') {
+    if (self->kinds[i] == 't' || self->kinds[i] == 'o') {
       if (hinders(self, value, self->kinds[i], grad_mode)) {
         return Py_None;
       }
       continue;
     }
-    if (value == Py_None && self->kinds[i] == 'o') {
+    if (value == Py_None && self->kinds[i] == 'm') {
       continue;
     }
     if (!PyList_Check(value) && !PyTuple_Check(value)) {
@@ -113,7 +113,7 @@ PyObject* choose(const Pick* self, PyObject* const* args) {
     }
     PyObject** items = PySequence_Fast_ITEMS(value);
     for (Py_ssize_t j = 0; j < PySequence_Fast_GET_SIZE(value); ++j) {
-      if (hinders(self, items[j], '?', grad_mode)) {
+      if (hinders(self, items[j], 'o', grad_mode)) {
         return Py_None;
       }
     }

@@ -122,7 +122,13 @@ def check_writes(
     tensors = {**named, **{f"layer state {path}": tensor for path, tensor in call.state.items()}}
     saved = call.save_state()
     try:
+        lists = [
+            (arg.name, value, list(value))
+            for arg, value in zip(op.spec.args, args, strict=True)
+            if isinstance(value, list)
+        ]
         found = audit(lambda: attempt(lambda: op.call_with(fn, args)), tensors, mutated, watch=thorough)
+        yield from _lists(lists)
         again = found
         if thorough and (found.foreign or tensors_of(found.result)):
             again = audit(lambda: attempt(lambda: op.call_with(fn, args)), tensors, mutated)
@@ -132,6 +138,16 @@ def check_writes(
         yield from _aliases(op, found.result, None if again is found else again.result, tensors)
     finally:
         restore_state(saved)
+
+
+def _lists(lists: list[tuple[str, list[Any], list[Any]]]) -> Iterator[tuple[str, str]]:
+    """Lists of the caller that hold something else after the call; through the dispatcher a kernel gets a copy."""
+    for name, now, before in lists:
+        if len(now) != len(before) or any(one is not other for one, other in zip(now, before, strict=True)):
+            yield (
+                "writes",
+                f"changes the caller's list {name} ({len(before)} elements became {len(now)}); copy it first",
+            )
 
 
 def _writes(op: Op[Any, Any], found: Any, mutated: set[str]) -> Iterator[tuple[str, str]]:

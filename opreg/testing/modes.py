@@ -24,6 +24,9 @@ def check_modes(op: Op[Any, Any], call: Call) -> Iterator[str]:
         if tensor.requires_grad:
             yield "a result requires gradients under no_grad; return it detached"
             return
+        if tensor.is_inference():
+            yield "a result is an inference tensor, which no later backward may save; leave the mode to the caller"
+            return
         if type(tensor) is not torch.Tensor:
             yield f"a result is a {type(tensor).__name__}; return a plain torch.Tensor"
             return
@@ -35,6 +38,9 @@ def check_modes(op: Op[Any, Any], call: Call) -> Iterator[str]:
     if given is not None:
         # An op without a formula may well fail there (numpy(), out=): the caller sees that. Other numbers he does not.
         yield from _differs(op, call, given, torch.enable_grad(), expected, "where inputs require gradients", False)
+        for arg, before, after in zip(op.spec.args, _wanting(op, call) or given, given, strict=True):
+            if [t.requires_grad for t in tensors_of(before)] != [t.requires_grad for t in tensors_of(after)]:
+                yield f"changes whether {arg.name} requires gradients; work on a detached copy"
 
 
 def _wanting(op: Op[Any, Any], call: Call) -> tuple[Any, ...] | None:

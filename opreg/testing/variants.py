@@ -40,7 +40,20 @@ def _odd(tensor: torch.Tensor) -> torch.Tensor:
     return buffer[..., 1:-2]
 
 
-LAYOUTS: dict[str, Layout] = {"transposed": _transposed, "sliced": _sliced, "odd strides": _odd}
+def _offset(tensor: torch.Tensor) -> torch.Tensor:
+    """Same values and strides, behind memory of others: contiguous, but not where its memory begins."""
+    buffer = torch.full((tensor.numel() + 5,), 77, dtype=tensor.dtype, device=tensor.device)
+    window = buffer[5:].view(tensor.shape)
+    window.copy_(tensor)
+    return window
+
+
+LAYOUTS: dict[str, Layout] = {
+    "transposed": _transposed,
+    "sliced": _sliced,
+    "odd strides": _odd,
+    "with an offset": _offset,
+}
 
 
 def layouts(op: Op[Any, Any], call: Call, name: str, only: str | None = None) -> Call | None:

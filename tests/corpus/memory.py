@@ -257,6 +257,67 @@ def one_list(ns: str) -> Any:
     return move
 
 
+def ignores_offset(ns: str) -> Any:
+    """The kernel reads from where the memory begins, not from where the tensor does."""
+    op = sums_rows(ns)
+    op.register_kernel("cpu", from_the_start)
+    return op
+
+
+def from_the_start(x: Tensor) -> Tensor:
+    x = x.contiguous()
+    memory = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
+    return memory[: x.numel()].view(x.shape).cumsum(0)
+
+
+def sums_rows(ns: str) -> Any:
+    @register_op(f"{ns}::cumulate")
+    def cumulate(x: Annotated[Tensor, "t d"]) -> Annotated[Tensor, "t d"]:
+        return x.cumsum(0)
+
+    return cumulate
+
+
+def pops_the_list(ns: str) -> Any:
+    """Takes the last tensor out of a list that belongs to the caller."""
+
+    @register_op(f"{ns}::fold")
+    def fold(xs: Annotated[list[Tensor], "t d"]) -> Annotated[Tensor, "t d"]:
+        total = xs.pop().clone()
+        for x in xs:
+            total = total + x
+        return total
+
+    return fold
+
+
+def reads_the_list(ns: str) -> Any:
+    @register_op(f"{ns}::fold")
+    def fold(xs: Annotated[list[Tensor], "t d"]) -> Annotated[Tensor, "t d"]:
+        return sum(xs[1:], xs[0].clone())
+
+    return fold
+
+
+def inference_inside(ns: str) -> Any:
+    """Computes in inference mode of its own: no later backward can save the result."""
+
+    @register_op(f"{ns}::scores")
+    def scores(x: Annotated[Tensor, "t d"]) -> Annotated[Tensor, "t d"]:
+        with torch.inference_mode():
+            return x.softmax(-1)
+
+    return scores
+
+
+def modes_of_the_caller(ns: str) -> Any:
+    @register_op(f"{ns}::scores")
+    def scores(x: Annotated[Tensor, "t d"]) -> Annotated[Tensor, "t d"]:
+        return x.softmax(-1)
+
+    return scores
+
+
 CASES = (
     Case(5, "write through as_strided", "writes", writes_a_window, window_of_a_copy),
     Case(5, "write to an optional tensor", "writes", writes_an_option, reads_an_option),
@@ -270,4 +331,7 @@ CASES = (
     Case(6, "cache by size", "repeat", cache_by_size, no_cache),
     Case(1, "last of a list forgotten", "outputs", last_output_forgotten, every_output),
     Case(1, "sums an undefined tail", "outputs", sums_a_tail, sums_zeros),
+    Case(15, "ignores the offset", "kernel memory/from_the_start", ignores_offset, sums_rows),
+    Case(5, "takes from the caller's list", "writes", pops_the_list, reads_the_list),
+    Case(6, "inference mode inside", "modes", inference_inside, modes_of_the_caller),
 )

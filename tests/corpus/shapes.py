@@ -273,7 +273,7 @@ def assumes_contiguous(ns: str) -> Any:
 def makes_contiguous(ns: str) -> Any:
     @register_op(f"{ns}::flat")
     def flat(x: Annotated[Tensor, "t d"]) -> Annotated[Tensor, "t d"]:
-        return x.contiguous().as_strided(x.shape, (x.shape[1], 1), 0) * 2
+        return x.contiguous().as_strided(x.shape, (x.shape[1], 1)) * 2
 
     return flat
 

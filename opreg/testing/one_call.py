@@ -12,7 +12,7 @@ from .. import select
 from ..errors import OpregError, UnknownOpError
 from ..op import Op
 from ..spec import REFERENCE, KernelSpec
-from . import eager, fakes, modes, outputs, remember
+from . import eager, fakes, layers, modes, outputs, remember
 from .compare import difference
 from .eager import Crashed, Refused
 from .outcome import Outcome, differ
@@ -127,6 +127,7 @@ class OneCall:
                 self.tally.record("repeat", where, prefix(by, eager.repeats(self.op, fn, call)))
                 self.tally.record("repeat", where, prefix(by, remember.check_caches(self.op, fn, memory, call)))
                 self.tally.record("state", where, prefix(by, remember.check_kept(self.op, fn, call)))
+                self.tally.record("state", where, prefix(by, layers.check_other_layers(self.op, fn, call)))
                 self.tally.record("state", where, prefix(by, eager.check_process(self.op, fn, call)))
 
     def agree(self, kernel: KernelSpec, call: Call, dtype: torch.dtype, expected: Outcome) -> str | None:

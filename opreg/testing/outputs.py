@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..context import current_layer
 from ..op import Op
 from ..spec import ArgSpec
 from .eager import run
@@ -70,6 +71,8 @@ def check_outputs(op: Op[Any, Any], fn: Callable[..., Any], call: Call) -> Itera
         if arg not in judged:
             continue
         pairs = zip(tensors_of(runs[0][index]), tensors_of(runs[1][index]), strict=True)
+        if arg.start == "tail":
+            yield from _written_tail(op, call, arg, runs[0][index])
         for one, other in pairs:
             survived = _same(one, poison(one, 0)) & _same(other, poison(other, 1))
             if survived.any():
@@ -87,6 +90,22 @@ def check_outputs(op: Op[Any, Any], fn: Callable[..., Any], call: Call) -> Itera
                     f"{differ} of {one.numel()} values of {arg.name} depend on what the memory held before, though it "
                     f"starts as '{arg.start}'; overwrite it, or declare mutates_args={{'{arg.name}': 'state'}}",
                 )
+
+
+def _written_tail(op: Op[Any, Any], call: Call, arg: ArgSpec, value: Any) -> Iterator[tuple[str, str]]:
+    """Rows past the number of tokens that the kernel wrote after the framework had zeroed them."""
+    given = next((v for a, v in zip(op.spec.args, call.args, strict=True) if a.name == "num_actual_tokens"), None)
+    if given is None:
+        handle = next((v for a, v in zip(op.spec.args, call.args, strict=True) if a.layer), None)
+        given = None if handle is None else getattr(current_layer(handle)[1], "num_actual_tokens", None)
+    for tensor in tensors_of(value) if given is not None else ():
+        wrong = int(tensor[given:].count_nonzero())
+        if wrong:
+            yield (
+                "outputs",
+                f"{wrong} values of {arg.name} past row num_actual_tokens={given} are not zero: the framework has "
+                "zeroed that tail, and the kernel wrote into it; write the rows of actual tokens only",
+            )
 
 
 def overwritten(op: Op[Any, Any], fn: Callable[..., Any], call: Call) -> bool:

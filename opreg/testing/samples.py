@@ -118,6 +118,13 @@ def _state_tensors(op: Op[Any, Any]) -> dict[str, torch.Tensor]:
     return found
 
 
+def layer_tensors(name: str, layer: Any) -> dict[str, torch.Tensor]:
+    """Tensors reachable from one layer, by the paths that they have in Call.state."""
+    found: dict[str, torch.Tensor] = {}
+    _walk(layer, name, found, set(), 0)
+    return found
+
+
 def _walk(value: Any, path: str, found: dict[str, torch.Tensor], seen: set[int], depth: int) -> None:
     if isinstance(value, _SCALARS) or id(value) in seen or depth > 6:
         return

@@ -1,11 +1,11 @@
-"""HAZARDS 8, 12, 14: what an op returns and takes beyond single tensors: named, optional, counted, in tuples."""
+"""HAZARDS 1, 4, 8, 12, 14: what an op returns and takes beyond single tensors: named, optional, counted, in tuples."""
 
 from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from opreg import register_op
+from opreg import LayerName, current_layer, forward_context, register_op
 
 from .case import Case
 
@@ -92,6 +92,100 @@ def counts(ns: str) -> Any:
     return pack
 
 
+class Slots:
+    """A layer with a cache."""
+
+    def __init__(self) -> None:
+        self.cache = torch.zeros(8, 4)
+
+
+class Step:
+    """What a step says of its batch."""
+
+    num_actual_tokens = 2
+
+
+def _layered(op: Any, layers: dict[str, Slots]) -> Any:
+    @op.register_inputs
+    def _(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Any:
+        with forward_context(layers=layers, metadata=Step()):
+            x = torch.randn(3, 4, generator=generator).to(dtype)
+            yield {"x": x, "out": torch.empty_like(x), "layer_name": "model.layers.1"}
+
+    return op
+
+
+def first_layer_always(ns: str) -> Any:
+    """Finds its layer in a list of its own, and always the first one."""
+    layers = {f"model.layers.{index}": Slots() for index in range(2)}
+
+    @register_op(f"{ns}::mix", mutates_args=("out",), kind="attention")
+    def mix(x: Annotated[Tensor, "t d"], out: Annotated[Tensor, "t d"], layer_name: LayerName) -> None:
+        layer = layers["model.layers.0"]
+        out.copy_(layer.cache[: x.shape[0]] + x)
+
+    return _layered(mix, layers)
+
+
+def counts_its_calls(ns: str) -> Any:
+    """Takes the layers in the order of its calls, and stores into whose turn it is."""
+    layers = {f"model.layers.{index}": Slots() for index in range(2)}
+    turn = iter([*layers] * 100_000)
+
+    @register_op(f"{ns}::keep", mutates_args=("out",), kind="attention")
+    def keep(x: Annotated[Tensor, "t d"], out: Annotated[Tensor, "t d"], layer_name: LayerName) -> None:
+        layers[next(turn)].cache[: x.shape[0]] = x
+        out.copy_(x)
+
+    return _layered(keep, layers)
+
+
+def stores_by_name(ns: str) -> Any:
+    @register_op(f"{ns}::keep", mutates_args=("out",), kind="attention")
+    def keep(x: Annotated[Tensor, "t d"], out: Annotated[Tensor, "t d"], layer_name: LayerName) -> None:
+        layer, _ = current_layer(layer_name)
+        layer.cache[: x.shape[0]] = x
+        out.copy_(x)
+
+    return _layered(keep, {f"model.layers.{index}": Slots() for index in range(2)})
+
+
+def layer_by_name(ns: str) -> Any:
+    @register_op(f"{ns}::mix", mutates_args=("out",), kind="attention")
+    def mix(x: Annotated[Tensor, "t d"], out: Annotated[Tensor, "t d"], layer_name: LayerName) -> None:
+        layer, _ = current_layer(layer_name)
+        out.copy_(layer.cache[: x.shape[0]] + x)
+
+    return _layered(mix, {f"model.layers.{index}": Slots() for index in range(2)})
+
+
+def writes_the_tail(ns: str) -> Any:
+    """Says that the framework zeroes the padding, and then computes it as well."""
+
+    @register_op(f"{ns}::gelu", mutates_args={"out": "tail"})
+    def gelu(x: Annotated[Tensor, "t d"], out: Annotated[Tensor, "t d"], num_actual_tokens: int) -> None:
+        out.copy_(torch.nn.functional.gelu(x))
+
+    return _padded(gelu)
+
+
+def leaves_the_tail(ns: str) -> Any:
+    @register_op(f"{ns}::gelu", mutates_args={"out": "tail"})
+    def gelu(x: Annotated[Tensor, "t d"], out: Annotated[Tensor, "t d"], num_actual_tokens: int) -> None:
+        out[:num_actual_tokens].copy_(torch.nn.functional.gelu(x[:num_actual_tokens]))
+
+    return _padded(gelu)
+
+
+def _padded(op: Any) -> Any:
+    @op.register_inputs
+    def _(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Any:
+        x = torch.randn(6, 4, generator=generator).to(dtype)
+        yield {"x": x, "out": torch.empty_like(x), "num_actual_tokens": 4}
+
+    return op
+
+
 # Unusual and right.
 
 
@@ -150,6 +244,9 @@ CASES = (
     Case(8, "fake of an optional result", "fake", always_says_yes, says_when),
     Case(12, "forgets an optional result", "kernel results/never", kernel_keeps_it_back, says_when),
     Case(12, "another number", "kernel results/with_padding", counts_differently, counts),
+    Case(4, "always the first layer", "state", first_layer_always, layer_by_name),
+    Case(4, "layers in the order of calls", "state", counts_its_calls, stores_by_name),
+    Case(1, "computes the padding", "outputs", writes_the_tail, leaves_the_tail),
 )
 
 UNUSUAL = (fixed_tuples, optional_list, optional_buffers, optional_result)

@@ -274,6 +274,7 @@ def _run(
         source_state_indices,
         checkpoint_token_indx,
         checkpoint_state_indices,
+        conv_state,
     )
     prepared = None
     if num_spec_decodes or source_state_indices is not None or checkpoint_token_indx is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..reference.gdn_args import fail, sequences, sizes
 from . import build
-from .gdn_call import TYPES, WIDE, dense, pack, readable, sizes_if_plain
+from .gdn_call import TYPES, WIDE, dense, pack, readable, row_strides, sizes_if_plain
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 # (name, flags) of each instruction set, in the order of gdn_instruction_set in gdn.cpp.
@@ -218,7 +218,7 @@ def _run(
     checkpoint_state_indices: Tensor | None,
 ) -> None:
     """Run with the kernels of one instruction set; tests force those that are not the best here."""
-    s = sizes_if_plain(
+    plain = sizes_if_plain(
         core_attn_out,
         z,
         projected_states_qkvz,
@@ -236,7 +236,8 @@ def _run(
         dt_bias,
         num_actual_tokens,
         tp_size,
-    ) or sizes(
+    )
+    s = plain or sizes(
         core_attn_out,
         z,
         projected_states_qkvz,
@@ -273,6 +274,7 @@ def _run(
         source_state_indices,
         checkpoint_token_indx,
         checkpoint_state_indices,
+        conv_state,
     )
     prepared = None
     if num_spec_decodes or source_state_indices is not None or checkpoint_token_indx is not None:
@@ -284,15 +286,15 @@ def _run(
     if prepared is None and not readable(count, num_prefills, num_decodes, initial, starts, tokens, index):
         sequences(*metadata)
         fail("the metadata was refused by the C++ kernel, but not by the checks of the reference")
+    conv_slot, ssm_slot, *rows = row_strides(
+        s, plain is not None, conv_state, ssm_state, core_attn_out, z, projected_states_qkvz, projected_states_ba
+    )
     call = _Call(
         core_attn_out.data_ptr(),
         z.data_ptr(),
         projected_states_qkvz.data_ptr(),
         projected_states_ba.data_ptr(),
-        core_attn_out.stride(0),
-        z.stride(0),
-        projected_states_qkvz.stride(0),
-        projected_states_ba.stride(0),
+        *rows,
         s.hk,
         s.hv,
         s.k,
@@ -301,8 +303,8 @@ def _run(
         reorder_input,
         conv_state.data_ptr(),
         ssm_state.data_ptr(),
-        conv_state.stride(0),
-        ssm_state.stride(0),
+        conv_slot,
+        ssm_slot,
         s.slots,
         conv_weights.data_ptr(),
         0 if conv_bias is None else conv_bias.data_ptr(),

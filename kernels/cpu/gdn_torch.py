@@ -86,6 +86,7 @@ def gdn_attention_torch(
         source_state_indices,
         checkpoint_token_indx,
         checkpoint_state_indices,
+        conv_state,
     )
     if sum(len(sequence.rows) for sequence in todo) != s.rows:
         core_attn_out.zero_()

@@ -159,6 +159,7 @@ def _gdn_attention(
         source_state_indices,
         checkpoint_token_indx,
         checkpoint_state_indices,
+        conv_state,
     )
     # Rows that no live sequence owns (padding, skipped slots) must not keep what the allocator left there.
     core_attn_out.zero_()

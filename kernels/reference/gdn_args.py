@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .gdn_checks import check_batch, check_checkpoints, check_index, check_plain, check_speculative
+from .gdn_checks import check_batch, check_checkpoints, check_index, check_plain, check_speculative, check_windows
 from .gdn_checks import fail as fail
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -230,8 +230,12 @@ def sequences(
     source_state_indices: Tensor | None,
     checkpoint_token_indx: Tensor | None,
     checkpoint_state_indices: Tensor | None,
+    conv_state: Tensor | None = None,
 ) -> list[Sequence]:
-    """Check the values of the metadata and return the live sequences; empty and null ones are left out."""
+    """Check the values of the metadata and return the live sequences; empty and null ones are left out.
+
+    conv_state: the cache, where its values can be read without waiting: was it written by kernels of this convention?
+    """
     check_batch(
         num_prefills, num_decodes, num_spec_decodes, non_spec_token_indx, spec_token_indx, checkpoint_token_indx
     )
@@ -254,6 +258,10 @@ def sequences(
     if num_spec_decodes:
         given = (spec_query_start_loc, spec_token_indx, spec_state_indices_tensor, num_accepted_tokens)
         out += _spec(s, slots, num_spec_decodes, n, *given)
+        if conv_state is not None and spec_state_indices_tensor is not None and num_accepted_tokens is not None:
+            check_windows(
+                conv_state, s.width, num_spec_decodes, spec_state_indices_tensor, num_accepted_tokens, null_slot
+            )
     slots.check_reads()
     if any(isinstance(q.rows, list) for q in out):
         seen: set[int] = set()

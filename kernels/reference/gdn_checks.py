@@ -100,3 +100,32 @@ def check_speculative(
     if state_indices.dim() != 2 or state_indices.shape[0] < n or state_indices.shape[1] < 1:
         fail(f"{name} has shape {tuple(state_indices.shape)}, expected at least ({n}, drafts + 1): {count}")
     return query_start_loc, state_indices, accepted_tokens
+
+
+def check_windows(
+    conv_state: Tensor, width: int, count: int, columns: Tensor, accepted: Tensor, null_slot: int
+) -> None:
+    """ValueError unless the columns a row has accepted hold windows of the convolution one token apart.
+
+    That is what every kernel of this package leaves after a speculative step. Kernels that keep one rolling buffer of
+    width - 1 + drafts rows in column 0 (vLLM's, and the vendor's since 0.1.14) leave the other columns alone, as the
+    first 256 channels show.
+    """
+    keep = width - 1
+    places = []
+    for i, (row, n) in enumerate(zip(columns[:count].tolist(), accepted[:count].tolist(), strict=True)):
+        for t in range(min(n, len(row)) - 1):
+            if not {row[t], row[t + 1]} & {-1, null_slot} and row[t] != row[t + 1]:
+                places.append((i, t, row[t], row[t + 1]))
+    if keep < 2 or not places:
+        return
+    older, newer = (conv_state[[p[k] for p in places], :keep, :256] for k in (2, 3))
+    bits = torch.int16 if conv_state.element_size() == 2 else torch.int32  # NaN equals itself
+    same = older[:, 1:keep].contiguous().view(bits) == newer[:, : keep - 1].contiguous().view(bits)
+    for (i, t, a, b), fits in zip(places, same.flatten(1).all(1).tolist(), strict=True):
+        if not fits:
+            fail(
+                f"conv_state: slots {a} and {b} (columns {t} and {t + 1} of row {i} of spec_state_indices_tensor, both "
+                "accepted) do not hold windows one token apart, so another kind of kernel wrote this cache: one that "
+                "keeps a rolling buffer in column 0. A cache stays with the backend that wrote it; start an empty one"
+            )

@@ -43,6 +43,7 @@ def solve_chunks(
     HV: tl.constexpr,
     K: tl.constexpr,
     FLAT: tl.constexpr,
+    BK: tl.constexpr,
     C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -80,18 +81,23 @@ def solve_chunks(
     to = sums + (chunk.to(tl.int64) * HV + head) * 2 * C + r
     tl.store(to, high)
     tl.store(to + C, low)
+    at = ((first + t).to(tl.int64) * HK + head // (HV // HK))[:, None] * K + tl.arange(0, BK)[None, :]
+    weight = tl.zeros([C, C], tl.float32)
+    A = tl.zeros([C, C], tl.float32)
+    for part in tl.range(0, K, BK):
+        k = tl.load(k_in + at + part, mask=inside[:, None], other=0.0)
+        q = tl.load(q_in + at + part, mask=inside[:, None], other=0.0)
+        kt = tl.trans(k)
+        weight = tl.dot(q, kt, weight, input_precision=PRECISION)
+        A = tl.dot(k, kt, A, input_precision=PRECISION)
     lower = r[:, None] >= r[None, :]
     # The exponent is masked, not the exponential: above the diagonal it is positive and overflows.
     between = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
     decay = tl.exp(tl.where(lower, between, float("-inf")))
-    at = ((first + t).to(tl.int64) * HK + head // (HV // HK))[:, None] * K + tl.arange(0, K)[None, :]
-    k = tl.load(k_in + at, mask=inside[:, None], other=0.0)
-    q = tl.load(q_in + at, mask=inside[:, None], other=0.0)
-    kt = tl.trans(k)
     to_pair = (chunk.to(tl.int64) * HV + head) * C * C + r[:, None] * C + r[None, :]
     io = mixed.dtype.element_ty
-    tl.store(mixed + to_pair, (tl.dot(q, kt, input_precision=PRECISION) * decay).to(io))
-    A = tl.dot(k, kt, input_precision=PRECISION) * decay * beta[:, None]
+    tl.store(mixed + to_pair, (weight * decay).to(io))
+    A *= decay * beta[:, None]
     # Blocks of m tokens on the diagonal are inverted, then pairs of them: the inverse of [[P, 0], [R, U]] is
     # [[P', 0], [-U' R P', U']]. This is forward substitution by blocks. Every factor is the inverse for some run of
     # tokens, with entries of at most 1; powers of A, as in a Neumann series, grow like binomial coefficients when keys

@@ -103,9 +103,14 @@ def on_device(x: Tensor) -> AbstractContextManager[Any]:
     return context
 
 
-def block_rows(s: Sizes) -> int:
-    """Rows of the state [V, K] that one program keeps in registers: at most 4096 numbers, 32 a thread of 4 warps."""
-    return max(16, min(s.v, 32, 4096 // s.k))
+def block_rows(s: Sizes, io: torch.dtype) -> int:
+    """Rows of the state [V, K] that one program keeps in registers: at most 4096 numbers, 32 a thread of 4 warps.
+
+    Half of them in float32, whose products keep three parts of every operand; and 16 where K is below 64, since ptxas
+    spills 776 bytes of [32, 32] and nothing of [16, 32].
+    """
+    most = 2048 if io == torch.float32 else 4096
+    return max(16, min(s.v, 32 if s.k >= 64 else 16, most // s.k))
 
 
 def bits(x: Tensor) -> Tensor:
@@ -116,7 +121,7 @@ def launch(s: Sizes, x: Data, group: Group, null_slot: int, flat: bool, prefills
     """Run the sequences of one kind. `prefills` False: none needs the chunked form, whatever its length."""
     heads = {"HK": s.hk, "HV": s.hv, "K": s.k, "V": s.v, "FLAT": flat}
     batch, writes = group.batch(s, null_slot), group.writes()
-    programs = group.n * s.hv * (s.v // block_rows(s))
+    programs = group.n * s.hv * (s.v // block_rows(s, x.qkvz.dtype))
     chunked = prefills and group.starts is not None and s.actual > AT_MOST
     run_tokens[(programs,)](
         out=x.core_attn_out,
@@ -139,7 +144,7 @@ def launch(s: Sizes, x: Data, group: Group, null_slot: int, flat: bool, prefills
         **writes,
         **heads,
         W=s.width,
-        BV=block_rows(s),
+        BV=block_rows(s, x.qkvz.dtype),
         AT_MOST=AT_MOST if chunked else 0,
         num_warps=4,
     )
@@ -218,12 +223,14 @@ def _chunks(s: Sizes, x: Data, group: Group, batch: dict[str, Any], heads: dict[
         **chunks,
         **batch,
         **no_values,
+        # In float32, all of K at once spills 160 bytes of K=64 and 3.6 KB of K=256.
+        BK=s.k if precision == "tf32" else min(s.k, 32),
         C=CHUNK,
         PRECISION=precision,
         num_warps=4,
     )
     checkpoints = group.checkpoints()
-    run_chunks[(group.n * s.hv * (s.v // block_rows(s)),)](
+    run_chunks[(group.n * s.hv * (s.v // block_rows(s, x.qkvz.dtype)),)](
         out=x.core_attn_out,
         out_stride=x.core_attn_out.stride(0),
         q_in=q,
@@ -242,7 +249,7 @@ def _chunks(s: Sizes, x: Data, group: Group, batch: dict[str, Any], heads: dict[
         K=s.k,
         V=s.v,
         C=CHUNK,
-        BV=block_rows(s),
+        BV=block_rows(s, x.qkvz.dtype),
         ABOVE=AT_MOST,
         CHECKPOINTS=triton.next_power_of_2(max(checkpoints["count_checkpoints"], 1)),
         PRECISION=precision,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..reference.gdn_args import Sizes, fail, sequences, sizes
-from .gdn_plan import Group, Plan, Plans, Speculative, check_windows, make_plan
+from .gdn_plan import Group, Plan, Plans, Speculative, make_plan
 from .gdn_vendor import Vendor, find, why_no_speculation, why_not_cache, why_not_layer
 
 _plans = Plans()
@@ -148,13 +148,9 @@ def gdn_attention(
     checkpoints = (checkpoint_token_indx, checkpoint_state_indices)
 
     def make() -> Plan:
-        todo = sequences(s, *counts, *metadata, null_slot, source_state_indices, *checkpoints)
+        todo = sequences(s, *counts, *metadata, null_slot, source_state_indices, *checkpoints, conv_state)
         if any(q.final is not None and q.writes for q in todo):
             fail("checkpoint_token_indx is given, but the vendor's operator has no checkpoints")
-        if num_spec_decodes and spec_state_indices_tensor is not None and num_accepted_tokens is not None:
-            check_windows(
-                conv_state, s.width, num_spec_decodes, spec_state_indices_tensor, num_accepted_tokens, null_slot
-            )
         return make_plan(todo, conv_state.shape[1] - s.width + 1, z.device)
 
     plan = _plans.find(

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference.gdn_args import Sequence, fail
+from ..reference.gdn_args import Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,32 +201,3 @@ class Plans(threading.local):
             self.entries.append(entry)
         entry.served.add(layer)
         return entry.plan
-
-
-def check_windows(
-    conv_state: Tensor, width: int, count: int, columns: Tensor, accepted: Tensor, null_slot: int
-) -> None:
-    """ValueError unless the columns a row has accepted hold windows of the convolution one token apart.
-
-    That is what every kernel of this package leaves after a speculative step. Kernels that keep one rolling buffer of
-    width - 1 + drafts rows in column 0 (vLLM's, and the vendor's since 0.1.14) leave the other columns alone. Asked of
-    one layer in each step, the one for which the metadata is read.
-    """
-    keep = width - 1
-    places = []
-    for i, (row, n) in enumerate(zip(columns[:count].tolist(), accepted[:count].tolist(), strict=True)):
-        for t in range(min(n, len(row)) - 1):
-            if not {row[t], row[t + 1]} & {-1, null_slot} and row[t] != row[t + 1]:
-                places.append((i, t, row[t], row[t + 1]))
-    if keep < 2 or not places:
-        return
-    older, newer = (conv_state[_long([p[k] for p in places], conv_state.device)] for k in (2, 3))
-    bits = torch.int16 if conv_state.element_size() == 2 else torch.int32  # NaN equals itself
-    same = older[:, 1:keep].contiguous().view(bits) == newer[:, : keep - 1].contiguous().view(bits)
-    for (i, t, a, b), fits in zip(places, same.flatten(1).all(1).tolist(), strict=True):
-        if not fits:
-            fail(
-                f"conv_state: slots {a} and {b} (columns {t} and {t + 1} of row {i} of spec_state_indices_tensor, both "
-                "accepted) do not hold windows one token apart, so another kind of kernel wrote this cache: one that "
-                "keeps a rolling buffer in column 0. A cache stays with the backend that wrote it; start an empty one"
-            )

@@ -4,87 +4,17 @@ A process serves one schema, since an operator is defined once. Prints a JSON ob
 """
 
 import json
-import re
-import sys
 import traceback
-from collections.abc import Callable
 from typing import Any
 
 import gdn_vendor_stand_in
+import gdn_xpu_spec_cases  # noqa: F401 (its cases add themselves)
 import pytest
 import torch
+from gdn_xpu_case import BF16, CALLS, CASES, FLAT, FP16, FP32, SCHEMA, SMALL, case, close, make, raises, run
 from opreg.kernels.reference import gdn as reference
 from opreg.kernels.xpu import gdn, gdn_vendor
-from opreg.ops.gdn_attention_inputs import Heads, clone_call, make_call
-from test_gdn_spec import Server, check_trajectory
-
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-SMALL = Heads(2, 4, 64, 64)
-SCHEMA = sys.argv[1] if len(sys.argv) > 1 else "C"
-CALLS: list[dict[str, Any]] = []
-CASES: dict[str, Callable[[], None]] = {}
-FLAT = SCHEMA != "A"
-
-
-def case(schemas: str = "ABC", conventions: tuple[bool, ...] = (False,)) -> Callable[[Callable[[], None]], None]:
-    """Add a case for these schemas, and for the vendor's speculative convention before 0.1.14, since, or both."""
-
-    def add(fn: Callable[[], None]) -> None:
-        def run() -> None:
-            for rolling in conventions:
-                gdn_vendor_stand_in.ROLLING[0] = rolling
-                fn()
-
-        if SCHEMA in schemas:
-            CASES[fn.__name__] = run
-
-    return add
-
-
-BOTH = (False, True)
-
-
-def make(lens: list[int], heads: Heads = SMALL, **more: Any) -> dict[str, Any]:
-    """A call that the schema can take. Schema A reads state and A_log in the model's dtype."""
-    more = {"dtype": BF16, "flat": FLAT, **more}
-    if SCHEMA == "A":
-        more["state_dtype"] = more["dtype"]
-    call = make_call(lens, heads, **more)
-    if SCHEMA == "A":
-        call["A_log"] = call["A_log"].to(more["dtype"])
-    return call
-
-
-def rms(got: torch.Tensor, want: torch.Tensor) -> float:
-    scale = want.double().square().mean().sqrt().clamp_min(1e-20)
-    return float((got.double() - want.double()).square().mean().sqrt() / scale)
-
-
-def close(got: dict[str, Any], want: dict[str, Any]) -> None:
-    """Outputs and states of two calls. Of a slot's convolution rows the first width - 1 mean something."""
-    limit = 1e-3 if want["z"].dtype == FP16 else 5e-3
-    assert not got["core_attn_out"].isnan().any(), "core_attn_out has rows that nobody wrote"
-    assert rms(got["core_attn_out"], want["core_attn_out"]) < limit
-    assert torch.equal(got["z"], want["z"])
-    keep = got["conv_weights"].shape[1] - 1
-    assert torch.equal(got["conv_state"][:, :keep].nan_to_num(7.0), want["conv_state"][:, :keep].nan_to_num(7.0))
-    kept = 1e-5 if want["ssm_state"].dtype == FP32 else 5e-3
-    assert torch.equal(got["ssm_state"].isnan(), want["ssm_state"].isnan())
-    assert rms(got["ssm_state"].nan_to_num(), want["ssm_state"].nan_to_num()) < kept
-
-
-def run(call: dict[str, Any], change: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The adapter on a copy of the call, with other spellings of some arguments; compared with the reference."""
-    got, want = clone_call(call), clone_call(call)
-    CALLS.clear()
-    gdn.gdn_attention(**{**got, **(change or {})})
-    reference._gdn_attention(torch.float64, **want)
-    close(got, want)
-    for slot in range(len(call["ssm_state"])):
-        if torch.equal(want["ssm_state"][slot].nan_to_num(), call["ssm_state"][slot].nan_to_num()):
-            for name in ("conv_state", "ssm_state"):  # nobody's: every bit stays
-                assert torch.equal(got[name][slot].nan_to_num(7.0), call[name][slot].nan_to_num(7.0))
-    return got
+from opreg.ops.gdn_attention_inputs import Heads, clone_call
 
 
 @case()
@@ -225,139 +155,6 @@ def wrong_values_are_named_before_the_vendor_is_called() -> None:
         with raises(ValueError, message):
             gdn.gdn_attention(**{**call, **change})
         assert not CALLS
-
-
-def raises(kind: type[Exception], message: str) -> Any:
-    return pytest.raises(kind, match=re.escape(message))
-
-
-@case("C", BOTH)
-def any_trajectory_equals_plain_decoding() -> None:
-    # With a convolution row for each draft, with fewer, and without any.
-    for dtype, spare, limit in ((BF16, 3, 1e-2), (FP16, 1, 2e-3), (BF16, 0, 1e-2)):
-        check_trajectory(Server(gdn.gdn_attention, [40, 33, 29], 3, dtype, Heads(1, 2, 64, 64), spare), limit)
-
-
-@case("C", BOTH)
-def nothing_accepted_goes_on_from_the_first_column() -> None:
-    first, second = (Server(gdn.gdn_attention, [12], 2, BF16, Heads(1, 2, 64, 64)) for _ in range(2))
-    for server, accepted in ((first, 0), (second, 1)):
-        server.step({0: 5}, {}, 0)
-        server.accepted[0] = accepted
-        server.step({}, {0: (2, 2)}, 1)
-    assert torch.equal(first.out.nan_to_num(), second.out.nan_to_num())
-
-
-def spec(counts: list[int], accepted: list[int], drafts: int = 2, **more: Any) -> dict[str, Any]:
-    """Speculative rows of `counts` tokens over a cache whose columns are windows one token apart."""
-    call = make(counts, Heads(1, 2, 64, 64), flat=False, spare_slots=len(counts) * (drafts + 1) + 1, **more)
-    slots, n = call["conv_state"].shape[0], len(counts)
-    table = torch.randperm(slots - 1, generator=torch.Generator().manual_seed(3))[: n * (drafts + 1)] + 1
-    keep = call["conv_weights"].shape[1] - 1
-    inputs = torch.randn(n, drafts + keep, call["conv_state"].shape[2]).to(call["conv_state"].dtype)
-    for i, row in enumerate(table.view(n, -1).tolist()):
-        for t, slot in enumerate(row):
-            call["conv_state"][slot, :keep] = inputs[i, t : t + keep]
-    call.update(
-        num_prefills=0,
-        num_decodes=0,
-        num_spec_decodes=n,
-        has_initial_state=None,
-        non_spec_query_start_loc=None,
-        non_spec_state_indices_tensor=None,
-        spec_query_start_loc=call["non_spec_query_start_loc"],
-        spec_state_indices_tensor=table.view(n, -1),
-        num_accepted_tokens=torch.tensor(accepted),
-    )
-    return call
-
-
-@case("C", BOTH)
-def speculative_rows_of_one_length_go_in_one_call() -> None:
-    run(spec([3, 3, 3, 3], [0, 1, 2, 3], padding=2))
-    assert [c["num_spec_decodes"] for c in CALLS] == [4]
-    # A cache with a row for each draft, as vLLM allocates it, is handed over as it is.
-    call = spec([3, 3], [1, 3], spare_conv_rows=2)
-    CALLS.clear()
-    gdn.gdn_attention(**call)
-    assert CALLS[0]["conv_state"].data_ptr() == call["conv_state"].data_ptr()
-    run(spec([3, 3], [2, 3], spare_conv_rows=3))
-
-
-@case("C", BOTH)
-def ragged_rows_and_rows_without_drafts() -> None:
-    for spare in (0, 1, 2):
-        run(spec([3, 1, 2, 0, 1, 2], [3, 3, 3, 1, 0, 1], padding=1, spare_conv_rows=spare))
-        sizes = [(c["num_spec_decodes"], c["spec_state_indices_tensor"].shape[1]) for c in CALLS]
-        assert sizes == [(2, 1), (2, 2), (1, 3)]
-
-
-@case("C", BOTH)
-def speculative_null_rows_and_columns() -> None:
-    call = spec([3, 3, 2, 3], [1, 2, 3, 1], spare_conv_rows=2)
-    call["spec_state_indices_tensor"][0, 2] = -1
-    call["spec_state_indices_tensor"][1, 1:] = torch.tensor([call["spec_state_indices_tensor"][1, 1], 0])
-    call["spec_state_indices_tensor"][3] = 0
-    run(dict(call, null_slot=0))
-    call["spec_state_indices_tensor"][3] = -1
-    call["spec_state_indices_tensor"][1, 2] = -1
-    run(call)
-    # A slot in two columns keeps the later one, with and without a column that keeps nothing.
-    call["spec_state_indices_tensor"][1] = call["spec_state_indices_tensor"][1, 0]
-    call["spec_state_indices_tensor"][0, 1] = call["spec_state_indices_tensor"][0, 0]
-    run(call)
-
-
-@case("C", BOTH)
-def speculative_rows_scattered_among_others() -> None:
-    call = spec([3, 1, 3], [2, 1, 3], padding=9, spare_conv_rows=2)
-    order = torch.randperm(16, generator=torch.Generator().manual_seed(2))
-    call["num_actual_tokens"] = 16
-    call["projected_states_qkvz"][7:] = torch.randn(9, call["projected_states_qkvz"].shape[1]).to(BF16)
-    call["projected_states_ba"][7:] = torch.randn(9, call["projected_states_ba"].shape[1]).to(BF16)
-    used = set(call["spec_state_indices_tensor"].flatten().tolist())
-    free = [slot for slot in range(call["conv_state"].shape[0]) if slot not in used]
-    run(
-        dict(
-            call,
-            num_prefills=1,
-            num_decodes=1,
-            has_initial_state=torch.tensor([False, True]),
-            non_spec_query_start_loc=torch.tensor([0, 8, 9]),
-            non_spec_state_indices_tensor=torch.tensor(free[:2]),
-            non_spec_token_indx=order[7:],
-            spec_token_indx=order[:7],
-        )
-    )
-
-
-@case("C", BOTH)
-def a_cache_of_another_convention_is_an_error() -> None:
-    # One rolling buffer of width - 1 + drafts rows in column 0; the other columns' slots were never written.
-    call = spec([3, 3], [1, 3], spare_conv_rows=2)
-    first, *others = call["spec_state_indices_tensor"][1].tolist()
-    call["conv_state"][first] = torch.randn_like(call["conv_state"][first])
-    call["conv_state"][others] = 0
-    before = clone_call(call)
-    CALLS.clear()
-    with raises(ValueError, "do not hold windows one token apart"):
-        gdn.gdn_attention(**call)
-    assert not CALLS
-    assert torch.equal(call["ssm_state"], before["ssm_state"])
-    # With one token accepted the first window is read, which both conventions keep in the same place.
-    run(dict(call, num_accepted_tokens=torch.tensor([1, 1])))
-
-
-@case("C", BOTH)
-def wrong_speculative_values_are_named() -> None:
-    call = spec([3, 3], [1, 1])
-    for change, message in (
-        ({"num_accepted_tokens": torch.tensor([1, 4])}, "num_accepted_tokens[1] is 4, outside 0..3"),
-        ({"spec_query_start_loc": torch.tensor([0, 4, 6])}, "gives row 0 4 tokens"),
-        ({"num_spec_decodes": 3}, "expected at least"),
-    ):
-        with raises(ValueError, message):
-            gdn.gdn_attention(**{**clone_call(call), **change})
 
 
 @case()

@@ -144,6 +144,23 @@ def test_nothing_accepted_goes_on_from_the_first_column(kernel: Kernel) -> None:
     assert torch.equal(first.out.nan_to_num(), second.out.nan_to_num())
 
 
+def test_a_cache_of_another_convention_is_an_error(kernel: Kernel) -> None:
+    """One rolling buffer in column 0, as vLLM's kernels keep it, never wrote the slots of the other columns."""
+    server = Server(kernel, [20], 2, torch.bfloat16)
+    server.step({0: 5}, {}, 0)
+    server.step({}, {0: (2, 2)}, 1)
+    others = server.table[0, 1:].long()
+    written = {name: server.states[name][others].clone() for name in server.states}
+    server.states["conv_state"][others] = 0
+    before = {name: state.clone() for name, state in server.states.items()}
+    with pytest.raises(ValueError, match="do not hold windows one token apart, so another kind of kernel wrote"):
+        server.step({}, {0: (1, 1)}, 2)
+    for name, state in server.states.items():
+        assert torch.equal(state.nan_to_num(7.0), before[name].nan_to_num(7.0))
+        state[others] = written[name]
+    server.step({}, {0: (1, 1)}, 2)
+
+
 def test_checkpoints_hold_the_state_after_their_token(kernel: Kernel) -> None:
     call = make_call([9, 150], Heads(1, 2), initial=[True, False], spare_slots=6)
     used = set(call["non_spec_state_indices_tensor"].tolist())

@@ -21,48 +21,42 @@ static inline vf word(const float* p) { return bits_as<vf>(bits_as<int32_t>(*p) 
 
 constexpr int TILE = VL == 16 ? 4 : 2;  // vectors of columns in a tile of four rows
 
-template <class Dot, int N, class First, class Last>
-static inline __attribute__((always_inline)) void tile(const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t depth,
-                                                      int64_t col, const First& first, const Last& last) {
-    vf acc[4][N];
-    for (int m = 0; m < 4; m++)
-        for (int n = 0; n < N; n++) acc[m][n] = first(m, col + n * VL);
-    b += col;
+// acc += a b for R rows of a and N vectors of columns of b.
+template <class Dot, int R, int N>
+static inline __attribute__((always_inline)) void product(vf (&acc)[R][N], const float* a, int64_t a_row, const float* b, int64_t b_row,
+                                                         int64_t depth) {
     for (int64_t d = 0; d < depth; d++, a++, b += b_row) {
         vf bv[N];
         for (int n = 0; n < N; n++) bv[n] = load(b + n * VL);
-        for (int m = 0; m < 4; m++) {
+        for (int m = 0; m < R; m++) {
             const vf av = word(a + m * a_row);
             for (int n = 0; n < N; n++) acc[m][n] = Dot::mul(av, bv[n], acc[m][n]);
         }
     }
-    last(acc, col, std::integral_constant<int, N>());
 }
 
-// Four rows of a product: acc = first + a b for columns 0 .. cols - 1 (cols a multiple of VL), given to `last`.
-template <class Dot, class First, class Last>
-static inline __attribute__((always_inline)) void four_rows(const float* a, int64_t a_row, const float* b, int64_t b_row,
-                                                           int64_t depth, int64_t cols, const First& first, const Last& last) {
-    int64_t col = 0;
-    for (; col + TILE * VL <= cols; col += TILE * VL) tile<Dot, TILE>(a, a_row, b, b_row, depth, col, first, last);
-    for (; col < cols; col += VL) tile<Dot, 1>(a, a_row, b, b_row, depth, col, first, last);
-}
-
-template <int N> static inline void store_tile(vf (&acc)[4][N], float* to, int64_t row, int64_t col) {
-    for (int m = 0; m < 4; m++)
-        for (int n = 0; n < N; n++) store(to + m * row + col + n * VL, acc[m][n]);
-}
-
-// Two rows of four as words of operand B, that is pairs along the rows (or plain rows where words are floats).
-template <class Dot, int N>
-static inline void store_words(vf (&acc)[4][N], float* to, int64_t word_row, int64_t row, int64_t col) {
-    if constexpr (Dot::pack == 1) store_tile<N>(acc, to + row * word_row, word_row, col);
+// Four rows as words of operand B, that is pairs along the rows (or plain rows where words are floats).
+template <class Dot, int N> static inline void store_words(const vf (&acc)[4][N], float* to, int64_t row) {
+    if constexpr (Dot::pack == 1) {
+        for (int m = 0; m < 4; m++)
+            for (int n = 0; n < N; n++) store(to + (row + m) * N * VL + n * VL, acc[m][n]);
+    }
 #if HAVE_BF16_DOT
     else
         for (int m = 0; m < 2; m++)
             for (int n = 0; n < N; n++)
-                store(to + (row / 2 + m) * word_row + col + n * VL, pair_rows(acc[2 * m][n], acc[2 * m + 1][n]));
+                store(to + (row / 2 + m) * N * VL + n * VL, pair_rows(acc[2 * m][n], acc[2 * m + 1][n]));
 #endif
+}
+
+// Columns of the state and of X lie in tiles, so that what a product runs over again and again is one piece of the
+// first-level cache. The tile of column v (a multiple of VL) starts at `first` times the rows.
+struct Columns {
+    int64_t first, width;
+};
+static inline Columns columns(int64_t v, int64_t vp) {
+    const int64_t first = v - v % (TILE * VL);
+    return first + TILE * VL <= vp ? Columns{first, TILE * VL} : Columns{v, VL};
 }
 
 // One row of operand A from floats.
@@ -90,15 +84,38 @@ struct Chunk {
     float* kt;                  // K^T as operand B, [kd, CHUNK]
     float* ka;                  // K^T as operand A, [kw, CHUNK / pack]
     float *kk, *qk;             // K K^T and Q K^T, [CHUNK, CHUNK]
-    float *a, *p;               // -A [CHUNK, CHUNK], lower(Q K^T * D) as operand A [CHUNK, CHUNK / pack]
+    float *a, *p;               // -A and lower(Q K^T * D) as operands A, [CHUNK, CHUNK / pack]
+    float* near;                // -A of the four tokens that a row is solved with, [CHUNK, 4]
     float *grown, *shrunk;      // e^G_i and D[last][i], [CHUNK]
-    float *x, *xw, *xs;         // X [CHUNK, vp], as operand B, and scaled by D[last] as operand B
-    float *state, *state_words; // per value head [kw, vp] and [kd, vp]
+    float *x, *xs;              // a tile of X, and of X scaled by D[last], as operands B, [CHUNK / pack, TILE * VL]
+    float *state, *state_words; // per value head [kw, vp], and as operand B [kd, vp], both in tiles
 };
 
 static int64_t chunk_bytes(const Call& c) {
     const int64_t kw = up(c.k, 2 * VL), vp = up(c.v, VL), ratio = c.hv / c.hk;
-    return 4 * (5 * CHUNK * kw + 4 * CHUNK * CHUNK + 2 * CHUNK + 3 * CHUNK * vp + 2 * ratio * kw * vp) + 64 * 16;
+    return 4 * (5 * CHUNK * kw + 4 * CHUNK * CHUNK + 6 * CHUNK + 2 * CHUNK * TILE * VL + 2 * ratio * kw * vp) + 64 * 16;
+}
+
+// Four rows of K K^T and of Q K^T, N vectors of columns.
+template <class Dot, int N> static inline void key_products(const Chunk& b, int64_t i, int64_t col) {
+    vf kk[4][N] = {}, qk[4][N] = {};
+    const float *k = b.kq_k + i * b.kd, *q = b.kq_q + i * b.kd, *t = b.kt + col;
+    for (int64_t d = 0; d < b.kd; d++, k++, q++, t += CHUNK) {
+        vf tv[N];
+        for (int n = 0; n < N; n++) tv[n] = load(t + n * VL);
+        for (int r = 0; r < 4; r++) {
+            const vf kv = word(k + r * b.kd), qv = word(q + r * b.kd);
+            for (int n = 0; n < N; n++) {
+                kk[r][n] = Dot::mul(kv, tv[n], kk[r][n]);
+                qk[r][n] = Dot::mul(qv, tv[n], qk[r][n]);
+            }
+        }
+    }
+    for (int r = 0; r < 4; r++)
+        for (int n = 0; n < N; n++) {
+            store(b.kk + (i + r) * CHUNK + col + n * VL, kk[r][n]);
+            store(b.qk + (i + r) * CHUNK + col + n * VL, qk[r][n]);
+        }
 }
 
 // K, Q and their products for n tokens (m = n rounded up to 4, w = rounded up so that pairs of tokens fill vectors).
@@ -125,17 +142,15 @@ template <class Dot> static void chunk_keys(const Unit& u, const Chunk& b, int64
                 for (int j = 0; j < VL; j++) store(b.ka + (i + j) * (CHUNK / 2) + t / 2, pairs[j]);
             }
 #endif
-    const auto zero = [](int, int64_t) { return vf{}; };
     for (int64_t i = 0; i < m; i += 4) {
         const int64_t cols = up(i + 4, VL);  // later tokens are not looked at
-        four_rows<Dot>(b.kq_k + i * b.kd, b.kd, b.kt, CHUNK, b.kd, cols, zero,
-                       [&](auto& acc, int64_t col, auto N) { store_tile<N>(acc, b.kk + i * CHUNK, CHUNK, col); });
-        four_rows<Dot>(b.kq_q + i * b.kd, b.kd, b.kt, CHUNK, b.kd, cols, zero,
-                       [&](auto& acc, int64_t col, auto N) { store_tile<N>(acc, b.qk + i * CHUNK, CHUNK, col); });
+        int64_t col = 0;
+        for (; col + 2 * VL <= cols; col += 2 * VL) key_products<Dot, 2>(b, i, col);
+        if (col < cols) key_products<Dot, 1>(b, i, col);
     }
 }
 
-// Decays of one value head: -A, the operand P, e^G and D[last].
+// Decays of one value head: the operands -A and P, e^G and D[last].
 template <class Dot> static void chunk_decays(const Chunk& b, const float* alpha, const float* beta, int64_t n, int64_t m) {
     constexpr int N = CHUNK / VL;
     float eye[2 * VL] = {};
@@ -145,95 +160,98 @@ template <class Dot> static void chunk_decays(const Chunk& b, const float* alpha
     for (int64_t i = 0; i < m; i++) {
         const float step = i < n ? alpha[i] : 1.0f, scale = i < n ? -beta[i] : 0.0f;
         const int64_t last = i / VL;
+        float a[CHUNK], p[CHUNK];
         grown *= step;
         b.grown[i] = grown;
         for (int64_t j = 0; j <= last; j++) {
             d[j] = d[j] * step;
-            store(b.a + i * CHUNK + j * VL, load(b.kk + i * CHUNK + j * VL) * d[j] * scale);
+            store(a + j * VL, load(b.kk + i * CHUNK + j * VL) * d[j] * scale);
         }
         if (i < n) d[last] = d[last] + load(eye + VL - i % VL);
-        float p[CHUNK];
         for (int64_t j = 0; j <= last; j++) store(p + j * VL, load(b.qk + i * CHUNK + j * VL) * d[j]);
+        std::memcpy(b.near + 4 * i, a + i - i % 4, 16);
+        row_words<Dot>(b.a + i * (CHUNK / Dot::pack), a, (last + 1) * VL);
         row_words<Dot>(b.p + i * (CHUNK / Dot::pack), p, (last + 1) * VL);
     }
     for (int64_t j = 0; j <= (m - 1) / VL; j++) store(b.shrunk + j * VL, d[j]);
 }
 
-template <class IO, class Dot>
-static void chunk_head(const Unit& u, const Chunk& b, int64_t h, int64_t t0, int64_t n, int64_t m, bool has_state, bool more) {
+// All that a chunk does to N vectors of columns of one value head; columns never meet.
+template <class IO, class Dot, int N>
+static void chunk_columns(const Unit& u, const Chunk& b, int64_t h, int64_t col, int64_t t0, int64_t n, int64_t m, bool has_state, bool more) {
     const Call& c = *u.c;
-    float* state = b.state + h * b.kw * u.vp;
-    float* words = Dot::pack == 1 ? state : b.state_words + h * b.kd * u.vp;
-    const float *beta = u.beta + h * CHUNK, *v = u.v + h * CHUNK * u.vp;
-    chunk_decays<Dot>(b, u.alpha + h * CHUNK, beta, n, m);
-    const auto zero = [](int, int64_t) { return vf{}; };
+    constexpr int64_t cols = N * VL, row_of_a = CHUNK / Dot::pack;
+    float* state = b.state + (h * u.vp + col) * b.kw;
+    float* words = Dot::pack == 1 ? state : b.state_words + (h * u.vp + col) * b.kd;
+    const float *beta = u.beta + h * CHUNK, *v = u.v + h * CHUNK * u.vp + col;
+    // X by forward substitution: what earlier tokens leave of the right-hand side, then the four rows among themselves.
     for (int64_t i = 0; i < m; i += 4) {
-        const auto right = [&](auto& acc, int64_t col, auto N) {
-            for (int r = 0; r < 4; r++)
-                for (int j = 0; j < N; j++) {
-                    const int64_t at = (i + r) * u.vp + col + j * VL;
-                    const vf x = i + r < n ? beta[i + r] * (load(v + at) - b.grown[i + r] * acc[r][j]) : vf{};
-                    store(b.x + at, x);
-                }
-        };
-        four_rows<Dot>(b.kq_k + i * b.kd, b.kd, words, u.vp, has_state ? b.kd : 0, u.vp, zero, right);
+        vf x[4][N] = {};
+        if (has_state) product<Dot>(x, b.kq_k + i * b.kd, b.kd, words, cols, b.kd);
+        for (int r = 0; r < 4; r++)
+            for (int j = 0; j < N; j++)
+                x[r][j] = i + r < n ? beta[i + r] * (load(v + (i + r) * u.vp + j * VL) - b.grown[i + r] * x[r][j]) : vf{};
+        product<Dot>(x, b.a + i * row_of_a, row_of_a, b.x, cols, i / Dot::pack);
+        const float* a = b.near + 4 * i;
+        for (int j = 0; j < N; j++) {
+            x[1][j] += a[4] * x[0][j];
+            x[2][j] += a[8] * x[0][j] + a[9] * x[1][j];
+            x[3][j] += a[12] * x[0][j] + a[13] * x[1][j] + a[14] * x[2][j];
+        }
+        store_words<Dot, N>(x, b.x, i);
+        for (int r = 0; r < 4; r++)
+            for (int j = 0; j < N; j++) x[r][j] *= b.shrunk[i + r];
+        store_words<Dot, N>(x, b.xs, i);
     }
-    // Forward substitution, four rows at a time.
-    for (int64_t i = 0; i < m; i += 4) {
-        const float* a = b.a + i * CHUNK + i;
-        four_rows<DotF32>(
-            b.a + i * CHUNK, CHUNK, b.x, u.vp, i, u.vp, [&](int r, int64_t col) { return load(b.x + (i + r) * u.vp + col); },
-            [&](auto& acc, int64_t col, auto N) {
-                for (int j = 0; j < N; j++) {
-                    acc[1][j] += a[CHUNK] * acc[0][j];
-                    acc[2][j] += a[2 * CHUNK] * acc[0][j] + a[2 * CHUNK + 1] * acc[1][j];
-                    acc[3][j] += a[3 * CHUNK] * acc[0][j] + a[3 * CHUNK + 1] * acc[1][j] + a[3 * CHUNK + 2] * acc[2][j];
-                }
-                store_tile<N>(acc, b.x + i * u.vp, u.vp, col);
-                if (Dot::pack > 1) store_words<Dot, N>(acc, b.xw, u.vp, i, col);
-                for (int r = 0; r < 4; r++)
-                    for (int j = 0; j < N; j++) acc[r][j] *= b.shrunk[i + r];
-                store_words<Dot, N>(acc, b.xs, u.vp, i, col);
-            });
-    }
-    const float* x = Dot::pack == 1 ? b.x : b.xw;
     const int64_t head = u.group * u.ratio + h;
     for (int64_t i = 0; i < m; i += 4) {
-        const auto grow = [&](auto& acc, int64_t col, auto N) {
-            for (int r = 0; r < 4; r++)
-                for (int j = 0; j < N; j++) store(u.out + (i + r) * u.vp + col + j * VL, acc[r][j] * b.grown[i + r]);
-        };
-        const auto give = [&](auto& acc, int64_t col, auto N) {
-            for (int r = 0; r < 4 && i + r < n; r++) {
-                IO* to = reinterpret_cast<IO*>(c.core) + u.row(t0 + i + r) * c.core_row + head * c.v;
-                for (int j = 0; j < N; j++) store_some(to + col + j * VL, acc[r][j], c.v - col - j * VL);
-            }
-        };
-        const int64_t depth = (i + 4) / Dot::pack;
+        vf out[4][N] = {};
         if (has_state) {
-            four_rows<Dot>(b.kq_q + i * b.kd, b.kd, words, u.vp, b.kd, u.vp, zero, grow);
-            four_rows<Dot>(b.p + i * (CHUNK / Dot::pack), CHUNK / Dot::pack, x, u.vp, depth, u.vp,
-                           [&](int r, int64_t col) { return load(u.out + (i + r) * u.vp + col); }, give);
-        } else {
-            four_rows<Dot>(b.p + i * (CHUNK / Dot::pack), CHUNK / Dot::pack, x, u.vp, depth, u.vp, zero, give);
+            product<Dot>(out, b.kq_q + i * b.kd, b.kd, words, cols, b.kd);
+            for (int r = 0; r < 4; r++)
+                for (int j = 0; j < N; j++) out[r][j] *= b.grown[i + r];
+        }
+        product<Dot>(out, b.p + i * row_of_a, row_of_a, b.x, cols, (i + 4) / Dot::pack);
+        for (int r = 0; r < 4 && i + r < n; r++) {
+            IO* to = reinterpret_cast<IO*>(c.core) + u.row(t0 + i + r) * c.core_row + head * c.v + col;
+            for (int j = 0; j < N; j++) store_some(to + j * VL, out[r][j], c.v - col - j * VL);
         }
     }
     const float all = b.grown[n - 1];
-    for (int64_t i = 0; i < u.kp; i += 4)
-        four_rows<Dot>(
-            b.ka + i * (CHUNK / Dot::pack), CHUNK / Dot::pack, b.xs, u.vp, m / Dot::pack, u.vp,
-            [&](int r, int64_t col) { return has_state ? load(state + (i + r) * u.vp + col) * all : vf{}; },
-            [&](auto& acc, int64_t col, auto N) {
-                store_tile<N>(acc, state + i * u.vp, u.vp, col);
-                if (Dot::pack > 1 && more) store_words<Dot, N>(acc, words, u.vp, i, col);
-            });
+    // The slot that the last state goes to comes into the cache meanwhile.
+    const int64_t item = int64_t(gdn::size_of(c.state)), slot = more ? -1 : u.s->final;
+    const char* kept = c.ssm_state + (slot * c.ssm_slot + (head * c.v + col) * c.k) * item;
+    const int64_t bytes = slot < 0 ? 0 : (c.v - col < cols ? c.v - col : cols) * c.k * item;
+    for (int64_t i = 0; i < u.kp; i += 4) {
+        for (int64_t at = up(bytes * i / u.kp, 64); at < bytes * (i + 4) / u.kp; at += 64) __builtin_prefetch(kept + at, 1);
+        vf s[4][N] = {};
+        if (has_state)
+            for (int r = 0; r < 4; r++)
+                for (int j = 0; j < N; j++) s[r][j] = load(state + (i + r) * cols + j * VL) * all;
+        product<Dot>(s, b.ka + i * row_of_a, row_of_a, b.xs, cols, m / Dot::pack);
+        for (int r = 0; r < 4; r++)
+            for (int j = 0; j < N; j++) store(state + (i + r) * cols + j * VL, s[r][j]);
+        if (Dot::pack > 1 && more) store_words<Dot, N>(s, words, i);
+    }
+}
+
+template <class IO, class Dot>
+static void chunk_head(const Unit& u, const Chunk& b, int64_t h, int64_t t0, int64_t n, int64_t m, bool has_state, bool more) {
+    chunk_decays<Dot>(b, u.alpha + h * CHUNK, u.beta + h * CHUNK, n, m);
+    for (int64_t col = 0; col < u.vp;) {
+        const int64_t width = columns(col, u.vp).width;
+        if (width > VL) chunk_columns<IO, Dot, TILE>(u, b, h, col, t0, n, m, has_state, more);
+        else chunk_columns<IO, Dot, 1>(u, b, h, col, t0, n, m, has_state, more);
+        col += width;
+    }
 }
 
 // The state of one value head between the cache, [v, k] in its dtype, and [k, v] in float.
 static void fetch_state(const Unit& u, const Chunk& b, int64_t h, int64_t slot) {
     const Call& c = *u.c;
-    float* state = b.state + h * b.kw * u.vp;
-    for (int64_t v = 0; v < u.vp; v += VL)
+    for (int64_t v = 0; v < u.vp; v += VL) {
+        const Columns at = columns(v, u.vp);
+        float* state = b.state + (h * u.vp + at.first) * b.kw + v - at.first;
         for (int64_t k = 0; k < u.kp; k += VL) {
             vf t[VL];
             for (int64_t j = 0; j < VL; j++) {
@@ -241,16 +259,18 @@ static void fetch_state(const Unit& u, const Chunk& b, int64_t h, int64_t slot) 
                 t[j] = v + j < c.v ? any_vector(c.ssm_state, c.state, at, c.k - k) : vf{};
             }
             transpose(t);
-            for (int64_t j = 0; j < VL; j++) store(state + (k + j) * u.vp + v, t[j]);
+            for (int64_t j = 0; j < VL; j++) store(state + (k + j) * at.width, t[j]);
         }
+    }
 }
 static void keep_state(const Unit& u, const Chunk& b, int64_t h, int64_t slot) {
     const Call& c = *u.c;
-    const float* state = b.state + h * b.kw * u.vp;
-    for (int64_t v = 0; v < u.vp; v += VL)
+    for (int64_t v = 0; v < u.vp; v += VL) {
+        const Columns tile = columns(v, u.vp);
+        const float* state = b.state + (h * u.vp + tile.first) * b.kw + v - tile.first;
         for (int64_t k = 0; k < u.kp; k += VL) {
             vf t[VL];
-            for (int64_t j = 0; j < VL; j++) t[j] = load(state + (k + j) * u.vp + v);
+            for (int64_t j = 0; j < VL; j++) t[j] = load(state + (k + j) * tile.width);
             transpose(t);
             for (int64_t j = 0; j < VL && v + j < c.v; j++) {
                 const int64_t at = slot * c.ssm_slot + ((u.group * u.ratio + h) * c.v + v + j) * c.k + k;
@@ -259,6 +279,7 @@ static void keep_state(const Unit& u, const Chunk& b, int64_t h, int64_t slot) {
                 else store_some(reinterpret_cast<FP16*>(c.ssm_state) + at, t[j], c.k - k);
             }
         }
+    }
 }
 
 template <class IO, class Dot> static void run_chunks(const Unit& u, Arena& arena) {
@@ -275,11 +296,11 @@ template <class IO, class Dot> static void run_chunks(const Unit& u, Arena& aren
     b.qk = arena.take<float>(CHUNK * CHUNK);
     b.a = arena.take<float>(CHUNK * CHUNK);
     b.p = arena.take<float>(CHUNK * CHUNK);
+    b.near = arena.take<float>(CHUNK * 4);
     b.grown = arena.take<float>(CHUNK);
     b.shrunk = arena.take<float>(CHUNK);
-    b.x = arena.take<float>(CHUNK * u.vp);
-    b.xw = arena.take<float>(CHUNK * u.vp);
-    b.xs = arena.take<float>(CHUNK * u.vp);
+    b.x = arena.take<float>(CHUNK * TILE * VL);
+    b.xs = arena.take<float>(CHUNK * TILE * VL);
     b.state = arena.take<float>(u.ratio * b.kw * u.vp);
     b.state_words = arena.take<float>(u.ratio * b.kw * u.vp);
     if (Dot::pack == 2) {
@@ -294,11 +315,13 @@ template <class IO, class Dot> static void run_chunks(const Unit& u, Arena& aren
             fetch_state(u, b, h, s.source);
 #if HAVE_BF16_DOT
             if (Dot::pack == 2)
-                for (int64_t i = 0; i < u.kp; i += 2)
-                    for (int64_t j = 0; j < u.vp; j += VL) {
-                        const float* row = b.state + (h * b.kw + i) * u.vp + j;
-                        store(b.state_words + (h * b.kd + i / 2) * u.vp + j, pair_rows(load(row), load(row + u.vp)));
-                    }
+                for (int64_t v = 0; v < u.vp; v += VL) {
+                    const Columns at = columns(v, u.vp);
+                    const float* from = b.state + (h * u.vp + at.first) * b.kw + v - at.first;
+                    float* to = b.state_words + (h * u.vp + at.first) * b.kd + v - at.first;
+                    for (int64_t i = 0; i < u.kp; i += 2)
+                        store(to + i / 2 * at.width, pair_rows(load(from + i * at.width), load(from + (i + 1) * at.width)));
+                }
 #endif
         }
     int64_t write = s.writes;
@@ -309,6 +332,7 @@ template <class IO, class Dot> static void run_chunks(const Unit& u, Arena& aren
         const int64_t m = up(n, 4), w = up(n, Dot::pack * VL);
         const bool last = t0 + n == s.count;
         prepare<IO>(u, t0, n);
+        if (last) expect_unit(*u.work, u.next);
         chunk_keys<Dot>(u, b, n, m, w);
         for (int64_t h = 0; h < u.ratio; h++) chunk_head<IO, Dot>(u, b, h, t0, n, m, has_state, !last);
         has_state = true;

@@ -49,6 +49,14 @@ static inline vf any_vector(const char* p, int64_t type, int64_t i, int64_t n) {
     return load_some(reinterpret_cast<const FP16*>(p) + i, n);
 }
 
+// Asks for bytes that will be read, or written.
+static inline void expect(const char* p, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(p + at);
+}
+static inline void expect(char* p, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(p + at, 1);
+}
+
 // A run of channels that lie together both in the projections' rows and in the convolution.
 struct Segment {
     int64_t in, channel, count;  // offset in a row of qkvz, first channel, channels
@@ -62,6 +70,7 @@ struct Unit {
     const Work* work;
     const Call* c;
     const Sequence* s;
+    int64_t next;  // the unit that this thread probably gets after this one
     int64_t group, ratio, kp, vp, segments;
     Segment* segment;
     char* history;        // [width - 1, channels of the unit] in the model's dtype
@@ -161,28 +170,25 @@ template <class IO, int W> static void convolve_rows(const Unit& u, const Segmen
                 window[W - 1] = load_some(x[t + W - 1] + ch, left);
                 vf y = bias;
                 for (int i = 0; i < W; i++) y = window[i] * w[i] + y;
-                store(out, rounded(y * sigmoid(y), x[0]));
+                store(out, rounded(silu(y, x[0]), x[0]));
             }
         } else {
             for (int64_t t = 0; t < n; t++, out += g.out_row) {
                 vf y = bias;
                 for (int64_t i = 0; i < width; i++) y = load_some(x[t + i] + ch, left) * load(g.taps + i * padded + ch) + y;
-                store(out, rounded(y * sigmoid(y), x[0]));
+                store(out, rounded(silu(y, x[0]), x[0]));
             }
         }
     }
 }
 
-template <class IO> static void convolve(const Unit& u, const Segment& g, int64_t t0, int64_t n) {
-    for (int64_t first = 0; first < n; first += CONV_ROWS) {
-        const int64_t some = n - first < CONV_ROWS ? n - first : CONV_ROWS;
-        switch (u.c->width) {
-            case 2: convolve_rows<IO, 2>(u, g, t0, first, some); break;
-            case 3: convolve_rows<IO, 3>(u, g, t0, first, some); break;
-            case 4: convolve_rows<IO, 4>(u, g, t0, first, some); break;
-            case 5: convolve_rows<IO, 5>(u, g, t0, first, some); break;
-            default: convolve_rows<IO, 0>(u, g, t0, first, some);
-        }
+template <class IO> static void convolve(const Unit& u, const Segment& g, int64_t t0, int64_t first, int64_t n) {
+    switch (u.c->width) {
+        case 2: return convolve_rows<IO, 2>(u, g, t0, first, n);
+        case 3: return convolve_rows<IO, 3>(u, g, t0, first, n);
+        case 4: return convolve_rows<IO, 4>(u, g, t0, first, n);
+        case 5: return convolve_rows<IO, 5>(u, g, t0, first, n);
+        default: convolve_rows<IO, 0>(u, g, t0, first, n);
     }
 }
 
@@ -198,26 +204,31 @@ static void normalise(float* x, int64_t n, int64_t kp, float scale) {
 // q and k normalised, v, gates, and z copied, for tokens t0 .. t0 + n - 1 of the sequence.
 template <class IO> static void prepare(const Unit& u, int64_t t0, int64_t n) {
     const Call& c = *u.c;
-    for (int64_t i = 0; i < u.segments; i++) convolve<IO>(u, u.segment[i], t0, n);
-    normalise(u.q, n, u.kp, 1.0f / std::sqrt(float(c.k)));
-    normalise(u.k, n, u.kp, 1.0f);
-    const int64_t head = u.group * u.ratio;
+    const int64_t head = u.group * u.ratio, bytes = u.ratio * c.v * int64_t(sizeof(IO));
     const int64_t z_in = c.flat ? 2 * c.hk * c.k + c.hv * c.v + head * c.v
                                 : u.group * (2 * c.k + 2 * u.ratio * c.v) + 2 * c.k + u.ratio * c.v;
     const int64_t b_in = c.flat ? head : 2 * head, a_in = c.flat ? c.hv + head : 2 * head + u.ratio;
-    for (int64_t t = 0; t < n; t++) {
-        const int64_t row = u.row(t0 + t);
-        if (t + 8 < n)
-            for (int64_t at = 0; at < u.ratio * c.v; at += 64 / int64_t(sizeof(IO)))
-                __builtin_prefetch(reinterpret_cast<const IO*>(c.qkvz) + u.row(t0 + t + 8) * c.qkvz_row + z_in + at);
-        const IO* from = reinterpret_cast<const IO*>(c.qkvz) + row * c.qkvz_row + z_in;
-        std::memcpy(reinterpret_cast<IO*>(c.z) + row * c.z_row + head * c.v, from, size_t(u.ratio * c.v) * sizeof(IO));
-        const IO* ba = reinterpret_cast<const IO*>(c.ba) + row * c.ba_row;
-        for (int64_t h = 0; h < u.ratio; h++) {
-            u.beta[h * CHUNK + t] = one(ba[b_in + h]);
-            u.alpha[h * CHUNK + t] = one(ba[a_in + h]);
+    const auto from = [&](int64_t t) { return reinterpret_cast<const IO*>(c.qkvz) + u.row(t) * c.qkvz_row + z_in; };
+    const auto to = [&](int64_t t) { return reinterpret_cast<IO*>(c.z) + u.row(t) * c.z_row + head * c.v; };
+    // A few rows at a time, all of what the unit reads of them: their pages are then looked up once.
+    for (int64_t first = 0; first < n; first += CONV_ROWS) {
+        const int64_t some = n - first < CONV_ROWS ? n - first : CONV_ROWS;
+        for (int64_t i = 0; i < u.segments; i++) convolve<IO>(u, u.segment[i], t0, first, some);
+        for (int64_t t = first; t < first + some; t++) {
+            if (t0 + t + CONV_ROWS < u.s->count) {
+                expect(reinterpret_cast<const char*>(from(t0 + t + CONV_ROWS)), bytes);
+                expect(reinterpret_cast<char*>(to(t0 + t + CONV_ROWS)), bytes);
+            }
+            std::memcpy(to(t0 + t), from(t0 + t), size_t(bytes));
+            const IO* ba = reinterpret_cast<const IO*>(c.ba) + u.row(t0 + t) * c.ba_row;
+            for (int64_t h = 0; h < u.ratio; h++) {
+                u.beta[h * CHUNK + t] = one(ba[b_in + h]);
+                u.alpha[h * CHUNK + t] = one(ba[a_in + h]);
+            }
         }
     }
+    normalise(u.q, n, u.kp, 1.0f / std::sqrt(float(c.k)));
+    normalise(u.k, n, u.kp, 1.0f);
     for (int64_t h = 0; h < u.ratio; h++) {
         const float rate = -std::exp(any(c.a_log, c.a_log_type, head + h)), shift = any(c.dt_bias, c.dt_bias_type, head + h);
         for (int64_t t = 0; t < n; t += VL) {
@@ -244,6 +255,33 @@ template <class IO> static void keep_inputs(const Unit& u, int64_t t, int64_t sl
         }
 }
 
+// Where segment i of a key head (q, k, then v of each value head) lies.
+static void place(const Call& c, int64_t group, int64_t i, Segment& g) {
+    const int64_t ratio = c.hv / c.hk, keys = c.hk * c.k, start = group * (2 * c.k + 2 * ratio * c.v);
+    g.count = i < 2 ? c.k : c.v;
+    g.channel = i < 2 ? i * keys + group * c.k : 2 * keys + (group * ratio + i - 2) * c.v;
+    g.in = c.flat ? g.channel : i < 2 ? start + i * c.k : start + 2 * c.k + (i - 2) * c.v;
+}
+
+// Asks for what the unit after this one reads first, while this one has arithmetic to do: its first rows, the weights and
+// the state of its convolution are many short pieces, and each would be waited for.
+static void expect_unit(const Work& work, int64_t unit) {
+    const Call& c = *work.call;
+    if (unit >= work.units) return;
+    const Sequence& s = work.sequences[work.order[unit / c.hk]];
+    const int64_t item = int64_t(gdn::size_of(c.io)), dim = 2 * c.hk * c.k + c.hv * c.v;
+    for (int64_t i = 0; i < 2 + c.hv / c.hk; i++) {
+        Segment g;
+        place(c, unit % c.hk, i, g);
+        const int64_t taps = c.width * int64_t(gdn::size_of(c.weights_type));
+        expect(c.weights + g.channel * taps, g.count * taps);
+        for (int64_t r = 0; s.source >= 0 && r + 1 < c.width; r++)
+            expect(c.conv_state + (s.source * c.conv_slot + r * dim + g.channel) * item, g.count * item);
+        for (int64_t t = s.first; t < s.first + s.count && t < s.first + CONV_ROWS; t++)
+            expect(c.qkvz + ((work.rows ? work.rows[t] : t) * c.qkvz_row + g.in) * item, g.count * item);
+    }
+}
+
 #include "gdn_step.h"
 #include "gdn_chunk.h"
 
@@ -261,14 +299,10 @@ template <class IO> static void begin(Unit& u, Arena& arena) {
     u.kq = arena.take<float>(CHUNK);
     u.out = arena.take<float>(CHUNK * u.vp);
     u.segment = arena.take<Segment>(u.segments);
-    const int64_t start = c.flat ? 0 : u.group * (2 * c.k + 2 * u.ratio * c.v), keys = c.hk * c.k;
     u.history_row = 0;
     for (int64_t i = 0; i < u.segments; i++) {
         Segment& g = u.segment[i];
-        const int64_t head = u.group * u.ratio + i - 2;
-        g.count = i < 2 ? c.k : c.v;
-        g.channel = i < 2 ? i * keys + u.group * c.k : 2 * keys + head * c.v;
-        g.in = c.flat ? g.channel : i < 2 ? start + i * c.k : start + 2 * c.k + (i - 2) * c.v;
+        place(c, u.group, i, g);
         g.out = i == 0 ? u.q : i == 1 ? u.k : u.v + (i - 2) * CHUNK * u.vp;
         g.out_row = i < 2 ? u.kp : u.vp;
         g.history = u.history_row;
@@ -278,7 +312,7 @@ template <class IO> static void begin(Unit& u, Arena& arena) {
     }
     // A copy: states may be written before the last token that looks back at the old ones.
     u.history = arena.take<char>((c.width - 1) * u.history_row * int64_t(sizeof(IO)));
-    const int64_t dim = 2 * keys + c.hv * c.v;
+    const int64_t dim = 2 * c.hk * c.k + c.hv * c.v;
     for (int64_t r = 0; r + 1 < c.width; r++)
         for (int64_t i = 0; i < u.segments; i++) {
             const Segment& g = u.segment[i];
@@ -296,6 +330,7 @@ template <class IO> static void run_unit(const Work& work, int64_t unit, Arena& 
     u.c = &c;
     u.s = work.sequences + work.order[unit / c.hk];
     u.group = unit % c.hk;
+    u.next = unit + c.threads;
     const bool chunked = u.s->count >= c.chunk_from;
     arena.reset(size_t(unit_bytes(c) + (chunked ? chunk_bytes(c) : step_bytes(c))));
     begin<IO>(u, arena);

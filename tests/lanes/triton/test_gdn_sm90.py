@@ -81,6 +81,7 @@ marks = torch.empty(5, dtype=torch.int32, device="meta")
 gdn.gdn_attention(**prompt, checkpoint_token_indx=marks, checkpoint_state_indices=marks)
 print("others")
 gdn.gdn_attention(**call([2048], Heads(4, 8, 256, 256), dtype=torch.float16, bias=True))
+gdn.gdn_attention(**call([2048], Heads(2, 4, 32, 32), bias=True))
 gdn.gdn_attention(**call([2048], Heads(2, 4, 64, 64), dtype=torch.float32))
 """
 
@@ -104,7 +105,6 @@ def made() -> tuple[list[Made], list[Made]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
-    print(run.stdout)
     both = [part.splitlines() for part in run.stdout.split("others\n")]
     qwen, others = ([Made(name, *map(int, rest)) for name, *rest in map(str.split, lines)] for lines in both)
     return qwen, others
@@ -133,6 +133,18 @@ def test_a_decode_step_and_one_prompt_fill_132_multiprocessors(made: tuple[list[
     assert most["solve_chunks"] >= 2048 // 64 * 32
 
 
-def test_other_types_and_sizes_compile_onto_tensor_cores(made: tuple[list[Made], list[Made]]) -> None:
+def test_other_types_and_sizes_use_tensor_cores_and_spill_nothing(made: tuple[list[Made], list[Made]]) -> None:
+    """float16 with heads of 256, bfloat16 with heads of 32, float32 with heads of 64."""
     _, others = made
-    assert [k.products for k in others if k.name in ("solve_chunks", "run_chunks")] == [1, 1, 1, 1]
+    assert [k.products for k in others if k.name in ("solve_chunks", "run_chunks")] == [1] * 6
+    assert {k.name: k.spilled for k in others if k.spilled} == {}
+
+
+def test_figures_are_shown(made: tuple[list[Made], list[Made]], capsys: pytest.CaptureFixture[str]) -> None:
+    with capsys.disabled():
+        print()
+        for kernel in [*made[0], *made[1]]:
+            print(
+                f"sm_90 {kernel.name}: {kernel.registers} registers, {kernel.spilled} spilled, {kernel.shared} shared"
+            )
+    assert {k.name for k in made[0]} >= {"run_tokens", "run_chunks", "solve_chunks", "convolve_chunks", "finish"}

@@ -42,7 +42,8 @@ def _guard_source(spec: OpSpec, first: ArgSpec) -> str:
             absent = f"{name} is None or " if arg.optional else ""
             types.append(f"({absent}type({name}) is _Tensor or type({name}) is _Parameter)")
         else:
-            types.append(f"_plain_list({name})")
+            absent = f"{name} is None or " if arg.optional else ""
+            types.append(f"({absent}_plain_list({name}))" if absent else f"_plain_list({name})")
     modes = [
         "not _profiler._is_profiler_enabled",
         # Of a plain tensor it asks for modes alone.
@@ -63,7 +64,7 @@ def _grads(spec: OpSpec) -> list[str]:
         elif arg.type == "Tensor?" and not arg.layer:
             asked.append(f"({arg.name} is not None and {arg.name}.requires_grad)")
         elif arg.type.startswith("Tensor") and not arg.layer:
-            asked.append(f"_any_grad({arg.name})")
+            asked.append(f"_any_grad({arg.name}{' or ()' if arg.optional else ''})")
     return asked
 
 
@@ -86,8 +87,13 @@ def {name}({parameters}):
 
 # With a formula, torch calls what it registered first, and this one in a place where no gradient is recorded.
 _GRADLESS = """\
-    if _grad_enabled() and ({grads}):
+    if _grad_enabled() and _any_requires_grad({tensors}):
         return _without_formula(_run, ({everything}))
+"""
+# What an op writes can carry no gradient at all.
+_GRADLESS_WRITES = """\
+    if _grad_enabled() and _any_requires_grad({tensors}):
+        _lost_gradient()
 """
 
 _NAMED = """\
@@ -98,14 +104,14 @@ def {name}({parameters}):
 
 _PUBLIC = """\
 def {name}({parameters}):
-{direct}{handle}    return _overload({arguments})
+{direct}{handle}    return {named}_overload({arguments}){end}
 """
 
 _DIRECT = """\
     if {guard}:
         _run = _cpu if {first}.is_cpu else _runners.get({first}.device.type)
 {on_xla}        if _run is not None:
-            return _run({arguments})
+            return {named}_run({arguments}){end}
 """
 
 # An op that writes must not wait for the dispatcher to make the runner: on XLA it would not come back (xla_writes.py).
@@ -135,6 +141,7 @@ _SHARED: dict[str, Any] = {
     "_Parameter": torch.nn.Parameter,
     "_Tensor": torch.Tensor,
     "_any_grad": _any_grad,
+    "_any_requires_grad": torch._C._any_requires_grad,
     "_cpu": None,  # the runner for CPU tensors: a global costs 15 ns less than the look-up in _runners
     "_dispatch_modes": _len_torch_dispatch_stack,
     "_function_mode": _has_torch_function_unary,
@@ -166,12 +173,14 @@ class Calls:
             "_unchecked": self.unchecked,
             "_unchecked_runner": self.unchecked_runner,
             "_without_formula": functools.partial(no_formula.call, op),
+            "_lost_gradient": functools.partial(no_formula.written, op),
             "_write": self._write,
+            "_Named": op.spec.named,
         }
         self.public = self._function(_public_at_first.__code__)
         self.entry = self._function(_entry_at_first.__code__)
         self.traced = FunctionType(_traced.__code__, self._names, self._name)
-        if op.spec.layer_arg is not None:
+        if op.spec.layer_arg is not None or op.spec.named is not None:
             self.traced = self._function(self._code(_PUBLIC, direct=""))
 
     @property
@@ -189,6 +198,7 @@ class Calls:
     def _code(self, source: str, **parts: str | None) -> CodeType:
         spec, layer = self.op.spec, self.op.spec.layer_arg
         parts.update(name=self._name, parameters=parameters(spec), arguments=arguments(spec))
+        parts["named"], parts["end"] = ("_Named(*", ")") if spec.named is not None else ("", "")
         parts["handle"] = f"    {layer.name} = _layer_handle({layer.name})\n" if layer else ""
         module = compile(source.format(device=_device_source(spec), **parts), f"<opreg {spec.name}>", "exec")
         return next(constant for constant in module.co_consts if isinstance(constant, CodeType))
@@ -200,12 +210,18 @@ class Calls:
         if first is not None:
             on_xla = _ON_XLA.format(first=first.name) if spec.mutates else ""
             direct = _DIRECT.format(
-                guard=_guard_source(spec, first), first=first.name, on_xla=on_xla, arguments=arguments(spec)
+                guard=_guard_source(spec, first),
+                first=first.name,
+                on_xla=on_xla,
+                arguments=arguments(spec),
+                named="_Named(*" if spec.named is not None else "",
+                end=")" if spec.named is not None else "",
             )
-        grads, gradless = _grads(spec), ""
-        if grads and spec.returns and not spec.mutates:
+        tensors = ", ".join(arg.name for arg in spec.args if arg.type.startswith("Tensor") and not arg.layer)
+        gradless = ""
+        if tensors and (spec.returns or spec.mutates):
             everything = "".join(f"{arg.name}, " for arg in spec.args)
-            gradless = _GRADLESS.format(grads=" or ".join(grads), everything=everything)
+            gradless = (_GRADLESS_WRITES if spec.mutates else _GRADLESS).format(tensors=tensors, everything=everything)
         self.entry.__code__ = self._code(_ANY_DEVICE, runners="_runners", make="_runner", gradless=gradless)
         self.public.__code__ = self._code(_PUBLIC, direct=direct)
         return self
@@ -252,7 +268,7 @@ def _device_source(spec: OpSpec) -> str:
     for arg in spec.args:
         if arg.type == "Tensor?" and not arg.layer:
             return f"{arg.name}.device.type if {arg.name} is not None else _default_device()"
-        if arg.type == "Tensor[]":
+        if arg.is_list and arg.type.startswith("Tensor"):
             return f"{arg.name}[0].device.type if {arg.name} else _default_device()"
         if arg.type in ("Device", "Device?"):
             return f"{arg.name}.type if {arg.name} is not None else _default_device()"

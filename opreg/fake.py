@@ -70,6 +70,8 @@ def bind(spec: OpSpec, args: Sequence[Any]) -> Binding:
 def _bind_argument(arg: ArgSpec, value: Any, binding: Binding, check: Callable[[Any, Callable[[], str]], None]) -> None:
     if arg.choices is not None and value is not None and value not in arg.choices:
         raise Mismatch(f"{arg.name} is {value!r}; it must be one of {', '.join(map(repr, arg.choices))}")
+    if arg.length is not None and value is not None and len(value) != arg.length:
+        raise Mismatch(f"{arg.name} has {len(value)} elements, {tuple(value)}; it must have {arg.length}")
     tensors = value if isinstance(value, (list, tuple)) else [value]
     for index, tensor in enumerate(tensors):
         if not isinstance(tensor, torch.Tensor):

@@ -9,8 +9,9 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
-from . import context, fake, select
+from . import context, fake, select, versions
 from .errors import ContractError
 from .shapes import Dim, Shape
 from .spec import REQUIRED, ArgSpec, OpSpec
@@ -39,7 +40,7 @@ def arguments(spec: OpSpec) -> str:
 
 
 def _compile(name: str, source: str, names: dict[str, Any], spec: OpSpec) -> FunctionType:
-    namespace: dict[str, Any] = dict(names)
+    namespace: dict[str, Any] = {**names, "_tuple": _tuple}
     exec(compile(source, f"<opreg {spec.name} {name}>", "exec"), namespace)
     fn: FunctionType = namespace[name]
     return fn
@@ -49,7 +50,8 @@ def gather(spec: OpSpec, many: Callable[[tuple[Any, ...]], Any]) -> FunctionType
     """A function with the op's signature that calls `many` with all arguments, in order, as one tuple."""
     names: dict[str, Any] = {"_many": many}
     everything = "".join(f"{arg.name}, " for arg in spec.args)
-    source = f"def gather({parameters(spec, names)}):\n    return _many(({everything}))\n"
+    lines = [*_to_tuples(spec), f"return _many(({everything}))"]
+    source = f"def gather({parameters(spec, names)}):\n" + "".join(f"    {line}\n" for line in lines)
     return _compile("gather", source, names, spec)
 
 
@@ -58,6 +60,22 @@ def call_with(spec: OpSpec, fn: Callable[..., Any], args: tuple[Any, ...]) -> An
     split = next((i for i, arg in enumerate(spec.args) if arg.keyword_only), len(args))
     keywords = {arg.name: value for arg, value in zip(spec.args[split:], args[split:], strict=True)}
     return fn(*args[:split], **keywords)
+
+
+def _to_tuples(spec: OpSpec) -> list[str]:
+    """Statements that turn the dispatcher's lists into the tuples that the signature speaks of."""
+    return [
+        f"if {f'{arg.name} is not None and ' if arg.optional else ''}type({arg.name}) is not tuple: "
+        f"{arg.name} = _tuple({spec.name!r}, {arg.name!r}, {arg.name})"
+        for arg in spec.args
+        if arg.as_tuple
+    ]
+
+
+def _tuple(op: str, name: str, value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise ContractError(f"{op}: {name} is {value!r}; it must be a tuple or a list")
+    return tuple(value)
 
 
 class _Checks:
@@ -78,6 +96,9 @@ class _Checks:
     def _argument(self, arg: ArgSpec) -> None:
         if arg.choices is not None:
             self.lines.append(f"if {arg.name} not in _c_{arg.name}: {self.fail}")
+        if arg.length is not None:
+            given = f"{arg.name} is not None and " if arg.optional else ""
+            self.lines.append(f"if {given}len({arg.name}) != {arg.length}: {self.fail}")
         if (arg.shape is None and arg.dtype is None) or arg.type not in ("Tensor", "Tensor?"):
             return  # lists of tensors are compared at trace time and by `opreg check`
         own = [f"if {arg.name}.dtype is not _t_{arg.name}: {self.fail}"] if arg.dtype is not None else []
@@ -132,10 +153,18 @@ def make_runner(op: Op, device_type: str, checked: bool = True) -> Callable[...,
     kernel = select.runner(op, device_type)
     check = _Checks(spec).lines if checked else []
     fills = _fills(spec)
+    tuples = _to_tuples(spec)
     contiguous = fake.fake_source(op) == "contract"
-    if not check and spec.layer_arg is None and not fills and not contiguous:
+    noted = [arg for arg in spec.args if arg.mutated and not arg.layer] if checked else []
+    if not (check or fills or tuples or contiguous or noted) and spec.layer_arg is None:
         return kernel
     names: dict[str, Any] = {"_kernel": kernel, "_current": context._current}
+    names.update(
+        {
+            "_grad_enabled": torch.is_grad_enabled,
+            "_wrote": versions.wrote if all(arg.type == "Tensor" for arg in noted) else versions.wrote_any,
+        }
+    )
     names.update(
         {f"_c_{arg.name}": (*arg.choices, *((None,) if arg.optional else ())) for arg in spec.args if arg.choices}
     )
@@ -149,7 +178,7 @@ def make_runner(op: Op, device_type: str, checked: bool = True) -> Callable[...,
         )
 
     names["_mismatch"] = mismatch
-    lines = [f"def run({parameters(spec, names)}):", *(f"    {line}" for line in check)]
+    lines = [f"def run({parameters(spec, names)}):", *(f"    {line}" for line in [*tuples, *check])]
     if spec.layer_arg is not None:
         name = spec.layer_arg.name
         lines += [
@@ -165,6 +194,10 @@ def make_runner(op: Op, device_type: str, checked: bool = True) -> Callable[...,
         lines.append(f"        return _zeros(({everything}))" if spec.returns else "        return None")
         names["_zeros"] = functools.partial(_zero_outputs, op)
     lines += [f"    {line}" for line in fills]
+    if noted:
+        # A kernel that writes memory itself does not tell autograd, and a value that a backward needs would be
+        # overwritten without its error. Compiled graphs see to that themselves, and without grad mode nothing is saved.
+        lines.append(f"    if _grad_enabled(): _wrote(({''.join(f'{arg.name}, ' for arg in noted)}))")
     if contiguous and not spec.returns_tuple:
         # A kernel such as `x * 2` follows the strides of its input; compiled graphs rely on those that the contract's
         # fake gave (HAZARDS 8). 40 ns for the question; a copy only where they differ.
@@ -183,8 +216,8 @@ def make_runner(op: Op, device_type: str, checked: bool = True) -> Callable[...,
 
 def _fill(arg: ArgSpec, rows: str) -> str:
     """'out[rows].zero_()' for one tensor, an optional one or a list."""
-    if arg.type.endswith("[]"):
-        return f"for _out in {arg.name}: _out{rows}.zero_()"
+    if arg.is_list:
+        return f"for _out in {arg.name}{' or ()' if arg.optional else ''}: _out{rows}.zero_()"
     return f"{f'if {arg.name} is not None: ' if arg.optional else ''}{arg.name}{rows}.zero_()"
 
 
@@ -203,4 +236,4 @@ def _fills(spec: OpSpec) -> list[str]:
 def _zero_outputs(op: Op, args: tuple[Any, ...]) -> Any:
     """Outputs of a functional layer op in a profiling run: zeros of the shapes its fake gives."""
     made = op.call_with(fake.make_fake(op), args)
-    return tuple(t.zero_() for t in made) if isinstance(made, tuple) else made.zero_()
+    return tree_map_only(torch.Tensor, torch.Tensor.zero_, made)

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Union
 
 import torch
 
-from . import library, spellings
+from . import consistency, library, returns, spellings
 from .context import LayerNameMark
 from .errors import RegistrationError, SignatureError, nearest
 from .shapes import Shape, ShapeSyntaxError, parse
@@ -36,9 +36,11 @@ class _Hint:
     dtype: torch.dtype | Like | None = None
     layer: bool = False
     choices: tuple[Any, ...] | None = None
+    as_tuple: bool = False
+    length: int | None = None
 
 
-class _Front:
+class Front:
     """Reads one function. Every complaint starts with the op's name and the parameter."""
 
     def __init__(self, name: str, fn: Callable[..., Any]) -> None:
@@ -71,17 +73,32 @@ class _Front:
         if origin is Literal:
             return self._literal(parameter, typing.get_args(hint))
         if origin in (list, collections.abc.Sequence):
-            inner = self.take_apart(parameter, typing.get_args(hint)[0])
-            if inner.layer:
-                raise self.refuse(parameter, "is a list of layer names", "pass one LayerName per parameter")
-            return replace(inner, bare=types.GenericAlias(list, (inner.bare,)), choices=None)
+            return self._list(parameter, typing.get_args(hint)[0])
         if origin is tuple or hint is tuple:
-            element = typing.get_args(hint)[0] if typing.get_args(hint) else "int"
-            spelling = f"list[{getattr(element, '__name__', element)}]"
-            raise self.refuse(parameter, "is a tuple, which torch schemas lack", f"write {spelling} and pass a list")
+            return self._tuple(parameter, typing.get_args(hint))
         if isinstance(hint, type) and issubclass(hint, enum.Enum):
             return self._enum(parameter, hint)
         return _Hint(hint)
+
+    def _list(self, parameter: str, element: Any) -> _Hint:
+        inner = self.take_apart(parameter, element)
+        if inner.layer:
+            raise self.refuse(parameter, "is a list of layer names", "pass one LayerName per parameter")
+        if inner.choices is not None:
+            cure = "write list[int]" if inner.bare is int else "write one str, split it"
+            raise self.refuse(parameter, "is a list of choices", f"{cure} and look at the values inside")
+        return replace(inner, bare=types.GenericAlias(list, (inner.bare,)))
+
+    def _tuple(self, parameter: str, elements: tuple[Any, ...]) -> _Hint:
+        """A list of known length to torch; the body and the kernels get a tuple."""
+        if not elements:
+            raise self.refuse(parameter, "is a tuple of nobody knows what", "write tuple[int, int] or tuple[int, ...]")
+        any_length = elements[-1] is Ellipsis
+        if any(element != elements[0] for element in elements[: -1 if any_length else None]):
+            raise self.refuse(
+                parameter, "is a tuple of several types, which torch schemas lack", "write one parameter for each"
+            )
+        return replace(self._list(parameter, elements[0]), as_tuple=True, length=None if any_length else len(elements))
 
     def _annotated(self, parameter: str, hint: Any) -> _Hint:
         base, *metadata = typing.get_args(hint)
@@ -106,12 +123,6 @@ class _Front:
         found = self.take_apart(parameter, inner[0])
         if found.layer:
             raise self.refuse(parameter, "is an optional layer name", "a layer op always names its layer")
-        if found.bare == list[torch.Tensor]:
-            raise self.refuse(
-                parameter,
-                "is 'list[Tensor] | None', which torch schemas lack",
-                "write list[Tensor] and pass [] for none",
-            )
         return replace(found, bare=typing.Optional[found.bare])  # noqa: UP045 - the form that infer_schema knows
 
     def _literal(self, parameter: str, values: tuple[Any, ...]) -> _Hint:
@@ -165,10 +176,11 @@ def _is_jaxtyping(hint: Any) -> bool:
 
 
 def _is_tensor_type(bare: Any) -> bool:
-    return bare in (torch.Tensor, typing.Optional[torch.Tensor], list[torch.Tensor])  # noqa: UP045
+    tensors = list[torch.Tensor]
+    return bare in (torch.Tensor, typing.Optional[torch.Tensor], tensors, typing.Optional[tensors])  # noqa: UP045
 
 
-def _check_layer_name(front: _Front, parameter: str, bare: Any) -> None:
+def _check_layer_name(front: Front, parameter: str, bare: Any) -> None:
     looks_like_layer = parameter in _LAYER_NAMES or parameter.endswith(("_layer_name", "_layer_idx", "_layer_id"))
     if looks_like_layer and bare in (str, int):
         raise front.refuse(
@@ -188,7 +200,7 @@ def read_op(
     schema: str | None,
 ) -> OpSpec:
     """Everything a typed function says about its op; SignatureError or RegistrationError where it cannot be an op."""
-    front = _Front(name, fn)
+    front = Front(name, fn)
     starts = _starts(name, mutates_args)
     if kind is not None and kind not in KINDS:
         raise RegistrationError(f"{name}: kind={kind!r} is unknown; kinds are {', '.join(map(repr, KINDS))} or None")
@@ -209,21 +221,22 @@ def read_op(
     if kind == "attention" or any(arg.mutated for arg in args):
         # A layer that is written to keeps a cache, as a rule; only an op that merely returns something may be pure.
         args = [replace(arg, mutated=arg.mutated or arg.layer) for arg in args]
-    _check_starts(name, args)
-    returns, returns_tuple = _read_returns(front, hints)
-    _check_names(name, args, returns)
-    _check_effect(name, args, returns)
+    consistency.check_starts(name, args)
+    results, returns_tuple, named = returns.read(front, hints)
+    consistency.check_names(name, args, results)
+    consistency.check_effect(name, args, results)
     return OpSpec(
         name=name,
         args=tuple(args),
-        returns=returns,
+        returns=results,
         returns_tuple=returns_tuple,
-        schema=schema or _schema(args, written, returns, returns_tuple),
+        schema=schema or _schema(args, written, results, returns_tuple),
         kind=kind,
         tags=tags,
         doc=inspect.getdoc(fn) or "",
         source=source_of(fn),
         has_body=not _is_declaration(fn),
+        named=named,
     )
 
 
@@ -242,20 +255,8 @@ def _starts(name: str, mutates_args: str | Iterable[str] | Mapping[str, str]) ->
     return dict(mutates_args)
 
 
-def _check_starts(name: str, args: list[ArgSpec]) -> None:
-    counted = any(arg.layer or (arg.name == "num_actual_tokens" and arg.type.startswith("SymInt")) for arg in args)
-    for arg in args:
-        if arg.start == "tail" and not counted:
-            raise RegistrationError(
-                f"{name}: '{arg.name}' starts as 'tail', but nothing says where the tail begins; give the op a "
-                "LayerName (its metadata has num_actual_tokens) or a parameter num_actual_tokens: int"
-            )
-        if arg.layer and arg.start not in (None, "state"):
-            raise RegistrationError(f"{name}: the layer '{arg.name}' can only start as 'state', not {arg.start!r}")
-
-
 def _read_parameter(
-    front: _Front, parameter: inspect.Parameter, hints: dict[str, Any], starts: Mapping[str, str | None]
+    front: Front, parameter: inspect.Parameter, hints: dict[str, Any], starts: Mapping[str, str | None]
 ) -> tuple[ArgSpec, str]:
     if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
         raise front.refuse(parameter.name, "is *args or **kwargs", "a schema lists every argument by name and type")
@@ -274,7 +275,7 @@ def _read_parameter(
         default = default.value
     if hint.choices is not None and default is not REQUIRED and default is not None and default not in hint.choices:
         raise front.refuse(parameter.name, f"has default {default!r}", f"choose one of {list(hint.choices)}")
-    written = _schema_of_parameter(front, parameter, hint.bare, parameter.empty if default is REQUIRED else default)
+    written = _schema_of_parameter(front, parameter, hint, parameter.empty if default is REQUIRED else default)
     arg = ArgSpec(
         name=parameter.name,
         type=written.split(" ", 1)[0],
@@ -286,6 +287,8 @@ def _read_parameter(
         start=starts.get(parameter.name),
         layer=hint.layer,
         choices=hint.choices,
+        as_tuple=hint.as_tuple,
+        length=hint.length,
     )
     return arg, written
 
@@ -294,8 +297,18 @@ def _read_parameter(
 _ASKED: dict[Any, tuple[str, str]] = {}
 
 
-def _schema_of_parameter(front: _Front, parameter: inspect.Parameter, bare: Any, default: Any) -> str:
+def _schema_of_parameter(front: Front, parameter: inspect.Parameter, hint: _Hint, default: Any) -> str:
     """'Tensor? bias=None', 'SymInt n', ...; torch is asked for one parameter at a time so that the message is short."""
+    bare = hint.bare
+    if hint.as_tuple and default is not parameter.empty and default is not None:
+        return _tuple_with_default(front, parameter, hint, default)
+    if hint.length is not None:
+        return _schema_of_parameter(front, parameter, replace(hint, length=None), default).replace(
+            "[]", f"[{hint.length}]", 1
+        )
+    if bare == typing.Optional[list[torch.Tensor]] and default in (parameter.empty, None):  # noqa: UP045
+        # Every torch has the type in schemas and knows it everywhere else; infer_schema does not.
+        return f"Tensor[]? {parameter.name}{'' if default is parameter.empty else '=None'}"
     if bare in _GENERATORS and default in (parameter.empty, None):
         # Every torch has the type in schemas; infer_schema knows none, or from 2.13 on only one that is not optional.
         return f"{_GENERATORS[bare]} {parameter.name}{'' if default is parameter.empty else '=None'}"
@@ -320,6 +333,25 @@ def _schema_of_parameter(front: _Front, parameter: inspect.Parameter, bare: Any,
     return text
 
 
+def _tuple_with_default(front: Front, parameter: inspect.Parameter, hint: _Hint, default: Any) -> str:
+    """'SymInt[2] size=[1, 1]': infer_schema takes no default that is a sequence, the schema parser does."""
+    text = _schema_of_parameter(front, parameter, hint, parameter.empty)
+    element = next(arg for arg in (typing.get_args(hint.bare)[0], hint.bare) if typing.get_origin(arg) is list)
+    (kind,) = typing.get_args(element)
+    allowed = {int: (int,), float: (int, float), bool: (bool,)}.get(kind, ())
+    right = isinstance(default, tuple) and all(
+        isinstance(one, allowed) and (kind is bool or not isinstance(one, bool)) for one in default
+    )
+    if not right or (hint.length is not None and len(default) != hint.length):
+        many = "any number" if hint.length is None else hint.length
+        raise front.refuse(
+            parameter.name,
+            f"has default {default!r}",
+            f"give a tuple of {many} x {_show(kind)}" if allowed else "leave the default out, or write '... | None'",
+        )
+    return f"{text}=[{', '.join(str(kind(one)) for one in default)}]"
+
+
 def _check_default(parameter: inspect.Parameter) -> None:
     """TypeError for a default of another type; neither infer_schema nor the schema parser looks (`int n="a"`)."""
     allowed = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}
@@ -335,84 +367,15 @@ def _show(annotation: Any) -> str:
     return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 
-def _read_returns(front: _Front, hints: dict[str, Any]) -> tuple[tuple[ReturnSpec, ...], bool]:
-    if "return" not in hints:
-        raise SignatureError(f"{front.name}: no return annotation; write '-> Tensor', or '-> None' if it only mutates")
-    hint = hints["return"]
-    if hint is type(None) or hint is None:
-        return (), False
-    if isinstance(hint, type) and issubclass(hint, tuple) and hasattr(hint, "_fields"):
-        fields = ", ".join("Tensor" for _ in hint._fields)
-        raise SignatureError(
-            f"{front.name}: returns the NamedTuple {hint.__name__}, which torch schemas lack; "
-            f"write '-> tuple[{fields}]' and name the fields in the caller"
-        )
-    many = typing.get_origin(hint) is tuple
-    elements = typing.get_args(hint) if many else (hint,)
-    if many and Ellipsis in elements:
-        raise SignatureError(f"{front.name}: returns a tuple of unknown length; write '-> list[Tensor]'")
-    found = []
-    for index, element in enumerate(elements):
-        part = front.take_apart(f"return[{index}]" if many else "return", element)
-        if part.bare not in (torch.Tensor, list[torch.Tensor], int, float, bool):
-            raise SignatureError(
-                f"{front.name}: returns {_show(part.bare)}{f' in place {index}' if many else ''}, which torch schemas "
-                f"lack; {spellings.of_return(part.bare)}"
-            )
-        found.append(part)
-    names = {torch.Tensor: "Tensor", int: "SymInt", float: "float", bool: "bool"}
-    specs = tuple(ReturnSpec(names.get(p.bare, "Tensor[]"), p.shape, p.dtype) for p in found)
-    return specs, many
-
-
-def _check_names(name: str, args: list[ArgSpec], returns: tuple[ReturnSpec, ...]) -> None:
-    """Every name of an output or an expression must be bound by an input before it is used."""
-    bound = {arg.name for arg in args if arg.type in ("SymInt", "int", "SymInt?")}
-    for arg in args:
-        for dim in arg.shape.dims if arg.shape else ():
-            for used in (n for n in dim.names if dim.kind == "expr" and n not in bound):
-                raise RegistrationError(
-                    f"{name}: contract of '{arg.name}' computes with '{used}' before any earlier argument defines it"
-                )
-            bound.update(dim.names)
-    tensors = [arg.name for arg in args if arg.is_tensor]
-    for result in returns:
-        for dim in result.shape.dims if result.shape else ():
-            if dim.kind == "any" or (dim.kind == "star" and not dim.names):
-                raise RegistrationError(
-                    f"{name}: '{dim.text}' in the output's contract has no size; name the dimension"
-                )
-            for used in (n for n in dim.names if n not in bound):
-                raise RegistrationError(
-                    f"{name}: the output's dim '{used}' is defined by no input; inputs define {sorted(bound)}."
-                    f"{nearest(used, bound)}"
-                )
-        if isinstance(result.dtype, Like) and result.dtype.name not in tensors:
-            raise RegistrationError(
-                f"{name}: like('{result.dtype.name}') names no tensor argument; there are {tensors}."
-                f"{nearest(result.dtype.name, tensors)}"
-            )
-
-
-def _check_effect(name: str, args: list[ArgSpec], returns: tuple[ReturnSpec, ...]) -> None:
-    if not returns and not any(arg.mutated for arg in args):
-        layer = next((arg.name for arg in args if arg.layer), None)
-        written = f"mutates_args=('{layer}',) if it writes its layer's state" if layer else "mutates_args=(...)"
-        raise RegistrationError(
-            f"{name}: returns nothing and mutates nothing, so every compiler removes it; name what it writes in "
-            f"{written}, or return a tensor that the caller uses"
-        )
-
-
-def _schema(args: list[ArgSpec], written: list[str], returns: tuple[ReturnSpec, ...], many: bool) -> str:
+def _schema(args: list[ArgSpec], written: list[str], values: tuple[ReturnSpec, ...], many: bool) -> str:
     """The schema string '(Tensor(a0!) out, *, float eps=1e-6) -> Tensor'."""
     parts = []
     for index, (arg, text) in enumerate(zip(args, written, strict=True)):
         if arg.keyword_only and "*" not in parts:
             parts.append("*")
         parts.append(text.replace("Tensor", f"Tensor(a{index}!)", 1) if arg.mutated else text)
-    results = ", ".join(result.type for result in returns)
-    return f"({', '.join(parts)}) -> {results if len(returns) == 1 and not many else f'({results})'}"
+    results = ", ".join(f"{value.type} {value.name}".rstrip() for value in values)
+    return f"({', '.join(parts)}) -> {results if len(values) == 1 and not many else f'({results})'}"
 
 
 def source_of(fn: Callable[..., Any]) -> str:

@@ -60,6 +60,8 @@ class ArgSpec:
     start: str | None = None
     layer: bool = False
     choices: tuple[Any, ...] | None = None
+    as_tuple: bool = False  # a list to torch, a tuple to the body and the kernels
+    length: int | None = None  # of such a tuple, where it is fixed
 
     @property
     def is_tensor(self) -> bool:
@@ -70,6 +72,11 @@ class ArgSpec:
     def optional(self) -> bool:
         return self.type.endswith("?")
 
+    @property
+    def is_list(self) -> bool:
+        """A list or tuple to torch: "Tensor[]", "SymInt[2]?"."""
+        return self.type.rstrip("?").endswith("]")
+
 
 @dataclass(frozen=True)
 class ReturnSpec:
@@ -78,6 +85,7 @@ class ReturnSpec:
     type: str
     shape: Shape | None = None
     dtype: torch.dtype | Like | None = None
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -147,6 +155,7 @@ class OpSpec:
     doc: str
     source: str
     has_body: bool
+    named: type | None = None  # the NamedTuple class that holds the results
 
     @property
     def namespace(self) -> str:

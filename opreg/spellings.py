@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 
-KNOWN = "Tensor, int, float, bool, str, torch.dtype, torch.device, list[...] of these, '... | None', Literal"
+KNOWN = (
+    "Tensor, int, float, bool, str, torch.dtype, torch.device, list[...] and tuple[...] of these, '... | None', Literal"
+)
 
 _INSTEAD: dict[Any, str] = {
     torch.nn.Parameter: "write Tensor; a Parameter may be passed",
     torch.SymInt: "write int, which also takes a symbolic size",
-    torch.Size: "write list[int], and pass x.shape",
+    torch.Size: "write tuple[int, ...], and pass x.shape",
     torch.layout: "leave it out: an op has one layout",
     torch.memory_format: "write Literal['contiguous', 'channels_last'], and choose inside",
     complex: "write two floats, or a complex Tensor",
@@ -44,7 +46,8 @@ def of_parameter(annotation: Any, default: Any) -> str:
     if origin is list and typing.get_args(inner) == (str,):
         return "write one str, and split it inside"
     if origin is list and isinstance(default, (list, tuple)):
-        return "leave the default out, or write list[...] | None = None and choose inside"
+        (element,) = typing.get_args(inner)
+        return f"write tuple[{getattr(element, '__name__', element)}, ...] = {tuple(default)}"
     if isinstance(inner, typing.TypeVar):
         return "write the one type that it stands for"
     return f"use one of {KNOWN}, with a default of that type"
@@ -67,12 +70,12 @@ def of_union(members: tuple[Any, ...]) -> str:
 def of_return(annotation: Any) -> str:
     """What to return instead."""
     if _without_none(annotation) is not annotation:
-        return "return a Tensor always, an empty one (x.new_empty(0)) for none"
+        return "return a Tensor or None; None for a list is an empty one, for a number a value of its own"
     if annotation is torch.SymInt:
         return "write int"
     if typing.get_origin(annotation) is list:
         return "return a Tensor that holds them"
-    return "return Tensor, list[Tensor], int, float, bool or a tuple of these"
+    return "return Tensor, Tensor | None, list[Tensor], int, float, bool, or a tuple or NamedTuple of these"
 
 
 def _without_none(annotation: Any) -> Any:

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from .corpus.case import Case, findings
+from .corpus.results import UNUSUAL as UNUSUAL_RESULTS
 from .corpus.table import CASES, table
 from .corpus.unusual import UNUSUAL
 
-every_unusual_op = pytest.mark.parametrize("build", UNUSUAL, ids=lambda build: build.__name__)
+every_unusual_op = pytest.mark.parametrize("build", [*UNUSUAL, *UNUSUAL_RESULTS], ids=lambda build: build.__name__)
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "_"))
 
 

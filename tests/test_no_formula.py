@@ -29,6 +29,13 @@ def each(xs: list[Tensor]) -> list[Tensor]:
     return [x * 2 for x in xs]
 
 
+@register_op("t_no_formula::fill", mutates_args=("out", "more"))
+def fill(x: Annotated[Tensor, "n"], out: Annotated[Tensor, "n"], more: list[Tensor] | None = None) -> None:
+    # Past torch, as a kernel in C++ does.
+    for one in (out, *(more or ())):
+        one.detach().numpy()[:] = x.detach().numpy()
+
+
 def wants() -> Tensor:
     return torch.ones(3, requires_grad=True)
 
@@ -87,3 +94,42 @@ def test_a_formula_may_come_after_the_first_call() -> None:
     late.register_autograd(lambda ctx, grad: grad * 2)
     (grad,) = torch.autograd.grad(late(x).sum(), x)
     assert grad.tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize("way", ["direct", "overload", "aot_eager"])
+def test_what_an_op_writes_carries_no_gradient_and_that_is_logged_once(
+    way: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    fill.op.gradless_logged = False
+    torch._dynamo.reset()
+    call = {"direct": fill, "overload": fill.overload}.get(way) or torch.compile(fill, backend=way, fullgraph=True)
+    out = torch.zeros(3)
+    with caplog.at_level(logging.WARNING, logger="opreg"):
+        with torch.no_grad():
+            call(wants(), out)
+        assert not caplog.records
+        call(wants(), out)
+        call(wants(), out)
+    assert out.tolist() == [1, 1, 1]
+    assert not out.requires_grad
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "opreg"]
+    assert line.startswith("t_no_formula::fill: called with inputs that require gradients, but it writes out, more")
+
+
+@pytest.mark.parametrize("way", ["direct", "overload", "list"])
+def test_a_write_over_what_a_backward_needs_is_an_error(way: str) -> None:
+    x, out = wants(), torch.full((3,), 2.0)
+    loss = (x * out).sum()
+    if way == "list":
+        fill(torch.zeros(3), torch.zeros(3), [out])
+    else:
+        (fill if way == "direct" else fill.overload)(torch.zeros(3), out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_tensors_of_inference_mode_may_be_written() -> None:
+    with torch.inference_mode():
+        out = torch.zeros(3)
+    fill(torch.ones(3), out)
+    assert out.tolist() == [1, 1, 1]

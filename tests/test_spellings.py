@@ -21,7 +21,7 @@ class Opaque(enum.Enum):
 
 class Pair(NamedTuple):
     first: Tensor
-    second: Tensor
+    second: str
 
 
 def read(annotation: Any, default: Any = ..., returns: Any = Tensor) -> Any:
@@ -35,9 +35,12 @@ def read(annotation: Any, default: Any = ..., returns: Any = Tensor) -> Any:
 
 # (annotation, default, what the message says to write, an annotation and default so written)
 REFUSED: list[tuple[Any, Any, str, Any, Any]] = [
-    (tuple[int, int], ..., "write list[int] and pass a list", list[int], ...),
-    (tuple[Tensor, ...], ..., "write list[Tensor] and pass a list", list[Tensor], ...),
-    (list[Tensor] | None, None, "write list[Tensor] and pass [] for none", list[Tensor], ...),
+    (tuple[int, Tensor], ..., "write one parameter for each", tuple[int, int], ...),
+    (tuple, ..., "write tuple[int, int] or tuple[int, ...]", tuple[Tensor, ...], ...),
+    (tuple[int, int], (1,), "give a tuple of 2 x int", tuple[int, int], (1, 2)),
+    (tuple[int, ...], (1, 0.5), "give a tuple of any number x int", tuple[int, ...], (1, 2, 3)),
+    (tuple[Tensor, Tensor], (1, 2), "leave the default out, or write '... | None'", tuple[Tensor, Tensor] | None, None),
+    (list[Literal["a", "b"]], ..., "write one str, split it and look at the values inside", str, ...),
     (Literal["a", 1], "a", "use literals that are all str or all int", Literal["a", "b"], "a"),
     (Opaque, ..., "derive it from str or int", Literal["one"], ...),
     (int | float, 1, "write float, which takes integers, too", float, 1),
@@ -46,11 +49,11 @@ REFUSED: list[tuple[Any, Any, str, Any, Any]] = [
     (str | Tensor, ..., "write one parameter for each type, '... | None' each", str | None, None),
     (torch.nn.Parameter, ..., "write Tensor; a Parameter may be passed", Tensor, ...),
     (torch.SymInt, ..., "write int, which also takes a symbolic size", int, ...),
-    (torch.Size, ..., "write list[int], and pass x.shape", list[int], ...),
+    (torch.Size, ..., "write tuple[int, ...], and pass x.shape", tuple[int, ...], ...),
     (complex, 1j, "write two floats, or a complex Tensor", float, 1.0),
     (bytes, b"", "write Tensor, of dtype torch.uint8", Tensor, ...),
     (list, ..., "list[int], list[float], list[Tensor]", list[float], ...),
-    (list[int], [1, 2], "write list[...] | None = None and choose inside", list[int] | None, None),
+    (list[int], [1, 2], "write tuple[int, ...] = (1, 2)", tuple[int, ...], (1, 2)),
     (list[str], ..., "write one str, and split it inside", str, ...),
     (dict[str, int], ..., "write one parameter per entry", int, ...),
     (Callable[[], int], ..., "write Literal[...] of the functions' names", Literal["f", "g"], ...),
@@ -72,12 +75,17 @@ def test_a_refused_parameter_is_named_with_a_spelling_that_works(
 @pytest.mark.parametrize(
     ("returns", "cure", "better"),
     [
-        (Pair, "write '-> tuple[Tensor, Tensor]'", tuple[Tensor, Tensor]),
-        (Tensor | None, "return a Tensor always, an empty one (x.new_empty(0)) for none", Tensor),
-        (tuple[Tensor, Tensor | None], "in place 1, which torch schemas lack; return a Tensor always", Tensor),
+        (
+            Pair,
+            "in field 'second' of Pair, which torch schemas lack; return Tensor, Tensor | None",
+            tuple[Tensor, Tensor],
+        ),
+        (list[Tensor] | None, "None for a list is an empty one", list[Tensor]),
+        (tuple[Tensor, int | None], "in place 1, which torch schemas lack; return a Tensor or None", Tensor | None),
+        (tuple[Tensor, tuple[int, int]], "in place 1, which torch schemas lack", tuple[Tensor, int, int]),
         (list[int], "return a Tensor that holds them", Tensor),
         (torch.SymInt, "write int", int),
-        (str, "return Tensor, list[Tensor], int, float, bool or a tuple of these", bool),
+        (str, "int, float, bool, or a tuple or NamedTuple of these", bool),
     ],
 )
 def test_a_refused_result_says_what_to_return(returns: Any, cure: str, better: Any) -> None:

@@ -6,7 +6,6 @@ import itertools
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -15,46 +14,25 @@ import torch
 from .. import fake, registry, select
 from ..errors import OpregError, UnknownOpError
 from ..op import Op
-from ..spec import REFERENCE, KernelSpec
-from . import compiled, eager, fakes, gradients, modes, outputs, process, remember, variants, verdict
-from .compare import difference
+from . import compiled, eager, fakes, gradients, process, variants, verdict
 from .eager import Crashed, Refused
+from .one_call import OneCall, prefix, verb
+from .outcome import Outcome, differ
 from .report import Report
 from .samples import Call, registered_calls, tensors_of
-from .tally import Tally
 
 log = logging.getLogger("opreg")
 
 
-class Checker:
-    """One check of one op: its calls, its kernels and the tally."""
+class Checker(OneCall):
+    """One check of one op: its calls, what is derived from them, and the compilers."""
 
     def __init__(
         self, op: Op[Any, Any], device: str, seed: int, kernel: str | None, index: int | None, compilers: bool
     ) -> None:
-        self.op, self.device, self.seed, self.index, self.compilers = op, device, seed, index, compilers
-        self.tally = Tally()
+        super().__init__(op, device, kernel)
+        self.seed, self.index, self.compilers = seed, index, compilers
         self.report = Report(op.name, device, seed)
-        self.kernels: list[KernelSpec] = []
-        self.refused: dict[str, str] = {}
-        self.memories: dict[str, remember.Memory] = {}
-        for spec in op.kernels:
-            if kernel is not None and spec.name not in (kernel, REFERENCE):
-                continue
-            why = None if spec.takes(device) else f"for {spec.devices}, not {device}"
-            why = why or spec.missing()
-            if why is not None:
-                self.tally.skipped[f"kernel {spec.name}"] = why
-                continue
-            try:
-                fn = select.load(op, spec)
-                select.load_predicate(op, spec)
-            except OpregError as error:
-                self.tally.record(f"kernel {spec.name}", "", f"cannot be loaded: {error}")
-                continue
-            self.kernels.append(spec)
-            self.memories[spec.name] = remember.Memory(fn)
-        self.truth = next((k for k in self.kernels if k.name == REFERENCE), self.kernels[-1] if self.kernels else None)
 
     @property
     def dtypes(self) -> list[torch.dtype]:
@@ -103,16 +81,20 @@ class Checker:
         where = call.label if main else f"{call.label}, {str(dtype).removeprefix('torch.')}"
         try:
             fake.bind(op.spec, call.args)
-            expected = self._run(self._truth(), call)
+            expected = self.run_kernel(self.truth_kernel(), call)
         except (Refused, Crashed, OpregError) as error:
             if call.certain and (registered or (isinstance(error, Crashed) and not self._meaning_matters)):
-                self.tally.record("contract", where, f"the reference {_verb(error)}{error}")
+                self.tally.record("contract", where, f"the reference {verb(error)}{error}")
             return
         self.report.inputs += main
         self.tally.record("contract", where, None)
-        self._eager(call, where, dtype, expected, thorough=main)
+        self.eager(call, where, dtype, expected, thorough=main)
         # Dynamo takes no torch.Generator into a graph, and says so; without one the op compiles like any other.
-        compilers = self.compilers and not any(isinstance(value, torch.Generator) for value in call.args)
+        drawn = any(isinstance(value, torch.Generator) for value in call.args)
+        compilers = self.compilers and not drawn
+        if self.compilers and drawn:
+            for check in ("opcheck", "compile"):
+                self.tally.skipped.setdefault(check, "torch.compile and torch's opcheck take no torch.Generator")
         if main and call.certain:
             if compilers:
                 self.tally.record("opcheck", where, compiled.check_opcheck(op, call))
@@ -138,110 +120,6 @@ class Checker:
         elif check not in self.tally.passed and check not in self.tally.found:
             self.tally.skipped[check] = "no input is small enough, or float64 is refused; register a small one"
 
-    # One call, eager.
-
-    @contextmanager
-    def _through(self, kernel: KernelSpec) -> Iterator[Callable[..., Any]]:
-        """The function that runs one kernel as the op would: contract check, fills, layer look-up."""
-        with select.use_kernel(self.op.name, kernel.name):
-            yield self.op.calls.runner(self.device)
-
-    def _run(self, kernel: KernelSpec, call: Call, args: tuple[Any, ...] | None = None) -> eager.Outcome:
-        with self._through(kernel) as fn:
-            return eager.run(self.op, fn, call, args)
-
-    def _truth(self) -> KernelSpec:
-        if self.truth is None:
-            raise UnknownOpError(f"{self.op.name}: no kernel")
-        return self.truth
-
-    def _eager(self, call: Call, where: str, dtype: torch.dtype, expected: eager.Outcome, thorough: bool) -> None:
-        for kernel in self.kernels:
-            name = f"kernel {kernel.name}"
-            try:
-                why = eager.refusal(self.op, kernel, call.fresh())
-            except Crashed as error:
-                self.tally.record(name, where, str(error))
-                continue
-            if why is not None:
-                self.refused.setdefault(kernel.name, f"refuses {where}: {why}")
-                continue
-            try:
-                self._kernel(kernel, call, where, dtype, expected, thorough)
-            except (Refused, Crashed) as error:
-                cure = "; refuse such calls in why_not" if kernel.name != REFERENCE else ""
-                self.tally.record(name, where, f"{_verb(error)}{error}, which the reference takes{cure}")
-        try:
-            real = eager.run(self.op, self.op.overload, call)
-        except (Refused, Crashed) as error:
-            self.tally.record("contract", where, f"the op {_verb(error)}{error}")
-            return
-        self.tally.record("fake", where, fakes.check_fake(self.op, call, real.results))
-        if not thorough:
-            return
-        self.tally.record("fake", where, fakes.check_device(self.op, call))
-        self.tally.record("modes", where, next(modes.check_modes(self.op, call), None))
-        if self.op.spec.layer_arg is not None:
-            self.tally.record("state", where, outputs.check_profiling(self.op, call))
-
-    def _kernel(
-        self,
-        kernel: KernelSpec,
-        call: Call,
-        where: str,
-        dtype: torch.dtype,
-        expected: eager.Outcome,
-        thorough: bool,
-    ) -> None:
-        name = f"kernel {kernel.name}"
-        by = "" if kernel.name == REFERENCE else f"{kernel.name} "
-        # Before anything else calls the kernel: what it does in its first call counts, too.
-        differs = None if kernel is self.truth else self._agree(kernel, call, dtype, expected)
-        self.tally.record(name, where, differs)
-        if kernel is self.truth and thorough:
-            again = self._run(kernel, call)
-            if torch.Tag.nondeterministic_seeded not in self.op.spec.tags:
-                changed = difference(expected.all, again.all, 0.0)
-                self.tally.record("repeat", where, _prefix("the first call differs from the next: ", changed))
-        with self._through(kernel) as fn:
-            problems = [*eager.check_writes(self.op, fn, call, thorough)]
-            judged = ["writes", "aliasing"]
-            if thorough or "=" in call.label:  # a row more or less is where kernels forget to write
-                judged.append("outputs")
-                problems += outputs.check_outputs(self.op, fn, call)
-                problems += outputs.check_results(self.op, fn, call)
-            for check in judged:
-                if not any(found == check for found, _ in problems):
-                    self.tally.record(check, where, None)
-            for check, problem in problems:
-                self.tally.record(check, where, by + problem)
-            if thorough:
-                memory = self.memories[kernel.name]
-                self.tally.record("repeat", where, _prefix(by, eager.repeats(self.op, fn, call)))
-                self.tally.record("repeat", where, _prefix(by, remember.check_caches(self.op, fn, memory, call)))
-                self.tally.record("state", where, _prefix(by, remember.check_kept(self.op, fn, call)))
-                self.tally.record("state", where, _prefix(by, eager.check_process(self.op, fn, call)))
-
-    def _agree(self, kernel: KernelSpec, call: Call, dtype: torch.dtype, expected: eager.Outcome) -> str | None:
-        """How a kernel's results differ from the reference's, or None.
-
-        In a 16-bit dtype the reference also runs on inputs widened to float32: a reference written in plain torch
-        rounds at every step and is then the less exact of the two.
-        """
-        if torch.Tag.nondeterministic_seeded in self.op.spec.tags:
-            return None
-        rms = eager.tolerance(self.op, dtype)
-        actual = self._run(kernel, call)
-        found = difference(expected.all, actual.all, rms)
-        if found is None or dtype not in (torch.float16, torch.bfloat16):
-            return found
-        try:
-            exact = self._run(self._truth(), call, eager.widen(call.fresh(), dtype))
-        except (Refused, Crashed):
-            return found
-        rounded = [e.to(a.dtype) for e, a in zip(exact.all, actual.all, strict=False)]
-        return None if difference(rounded, actual.all, rms) is None else found
-
     # Calls derived from one call.
 
     def _variants(self, call: Call) -> Iterator[Call]:
@@ -262,17 +140,17 @@ class Checker:
 
     def _takes(self, call: Call) -> bool:
         try:
-            self._run(self._truth(), call)
+            self.run_kernel(self.truth_kernel(), call)
         except Refused:
             return False
         except Crashed:
             return True
         return True
 
-    def _variant(self, variant: Call, origin: Call, dtype: torch.dtype, expected: eager.Outcome) -> None:
+    def _variant(self, variant: Call, origin: Call, dtype: torch.dtype, expected: Outcome) -> None:
         same_values = any(variant.label.endswith(name) for name in variants.LAYOUTS)
         try:
-            found = self._run(self._truth(), variant)
+            found = self.run_kernel(self.truth_kernel(), variant)
         except Refused:
             return
         except Crashed as error:
@@ -281,9 +159,9 @@ class Checker:
             return
         if same_values and torch.Tag.nondeterministic_seeded not in self.op.spec.tags:
             rms = max(eager.tolerance(self.op, dtype), 1e-6)
-            problem = difference(expected.all, found.all, rms)
-            self.tally.record("layouts", variant.label, _prefix("the layout changes the reference's values: ", problem))
-        self._eager(variant, variant.label, dtype, found, thorough=False)
+            problem = differ(expected, found, rms)
+            self.tally.record("layouts", variant.label, prefix("the layout changes the reference's values: ", problem))
+        self.eager(variant, variant.label, dtype, found, thorough=False)
 
     @cached_property
     def _meaning_matters(self) -> bool:
@@ -291,7 +169,7 @@ class Checker:
         if self.op.spec.layer_arg is not None:
             return True
         for arg in self.op.spec.args:
-            if arg.type in ("Tensor", "Tensor?", "Tensor[]") and arg.dtype is not None:
+            if arg.type.startswith("Tensor") and not arg.layer and arg.dtype is not None:
                 if not (isinstance(arg.dtype, torch.dtype) and arg.dtype.is_floating_point):
                     return True
             elif not arg.is_tensor and arg.type.startswith("SymInt"):
@@ -302,17 +180,17 @@ class Checker:
     def _option(self, call: Call, dtype: torch.dtype) -> None:
         """The call with an option that the inputs leave at its default."""
         try:
-            expected = self._run(self._truth(), call)
+            expected = self.run_kernel(self.truth_kernel(), call)
         except (Refused, Crashed):
             return  # made up, so it need not mean anything
-        self._eager(call, call.label, dtype, expected, thorough=False)
+        self.eager(call, call.label, dtype, expected, thorough=False)
 
     def _extreme(self, call: Call) -> None:
         """Where the reference gives finite numbers, kernels do."""
         if torch.Tag.nondeterministic_seeded in self.op.spec.tags:
             return
         try:
-            expected = self._run(self._truth(), call)
+            expected = self.run_kernel(self.truth_kernel(), call)
         except (Refused, Crashed):
             return
         if not _finite(expected):
@@ -323,11 +201,11 @@ class Checker:
             name = f"kernel {kernel.name}"
             try:
                 if eager.refusal(self.op, kernel, call.fresh()) is None:
-                    found = self._run(kernel, call)
+                    found = self.run_kernel(kernel, call)
                     problem = None if _finite(found) else "gives NaN or infinity where the reference gives numbers"
                     self.tally.record(name, call.label, problem)
             except (Refused, Crashed) as error:
-                self.tally.record(name, call.label, f"{_verb(error)}{error}, which the reference takes")
+                self.tally.record(name, call.label, f"{verb(error)}{error}, which the reference takes")
 
     def _undeclared(self, dtype: torch.dtype) -> None:
         """A dtype nobody spoke of: the op may refuse it, but what it gives must be what its fake and reference say."""
@@ -343,17 +221,17 @@ class Checker:
         if not any(t.dtype == dtype for value in call.args for t in tensors_of(value)):
             return
         try:
-            expected = self._run(self._truth(), call)
+            expected = self.run_kernel(self.truth_kernel(), call)
             real = eager.run(self.op, self.op.overload, call)
         except (Refused, Crashed):
             return
-        self.tally.record("fake", where, fakes.check_fake(self.op, call, real.results))
+        self.tally.record("fake", where, fakes.check_fake(self.op, call, real))
         for kernel in self.kernels:
             if kernel is self.truth:
                 continue
             try:
                 if eager.refusal(self.op, kernel, call.fresh()) is None:
-                    self.tally.record(f"kernel {kernel.name}", where, self._agree(kernel, call, dtype, expected))
+                    self.tally.record(f"kernel {kernel.name}", where, self.agree(kernel, call, dtype, expected))
             except (Refused, Crashed):
                 continue
 
@@ -398,16 +276,8 @@ class Checker:
         verdict.write(self.report, self.op, self.tally, self.kernels, self.truth)
 
 
-def _finite(outcome: eager.Outcome) -> bool:
+def _finite(outcome: Outcome) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in outcome.all)
-
-
-def _verb(error: BaseException) -> str:
-    return "refuses: " if isinstance(error, (Refused, OpregError)) else ""
-
-
-def _prefix(text: str, problem: str | None) -> str | None:
-    return None if problem is None else text + problem
 
 
 def check_op(

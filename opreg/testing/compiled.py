@@ -12,9 +12,9 @@ from .. import fake, library
 from ..errors import ContractError
 from ..op import Op
 from ..spec import ArgSpec
-from .compare import difference
-from .eager import Crashed, Outcome, Refused, describe, run, seeded
+from .eager import Crashed, Refused, describe, run, seeded
 from .fakes import depends_on_values, row_dims
+from .outcome import Outcome, differ
 from .outputs import outputs, overwritten
 from .samples import Call, restore_state, tensors_of
 
@@ -50,7 +50,7 @@ def _outcome(op: Op[Any, Any], fn: Callable[..., Any], call: Call) -> Outcome:
         with torch.no_grad(), seeded():
             result = fn(*only_tensors(args))
         written = [t for arg, v in zip(op.spec.args, args, strict=True) if arg.mutated for t in tensors_of(v)]
-        return Outcome(tensors_of(result), written, [tensor.clone() for tensor in call.state.values()])
+        return Outcome(result, written, [tensor.clone() for tensor in call.state.values()])
     finally:
         restore_state(saved)
 
@@ -101,7 +101,7 @@ def check_compiled(op: Op[Any, Any], call: Call, backend: str, dynamic: bool) ->
         return f"{what}: {_first_line(error)}"
     if torch.Tag.nondeterministic_seeded in op.spec.tags:
         return None
-    found = difference(expected.all, actual.all, 0.0)
+    found = differ(expected, actual, 0.0)
     return None if found is None else f"{what}: {found}"
 
 
@@ -161,7 +161,7 @@ def _same(op: Op[Any, Any], call: Call, model: Callable[..., Any], backend: str,
         return f"{backend}, {what}: {_first_line(error)}"
     if torch.Tag.nondeterministic_seeded in op.spec.tags:
         return None
-    found = difference(expected.all, actual.all, 0.0)
+    found = differ(expected, actual, 0.0)
     return None if found is None else f"{backend}, {what}: {found}"
 
 

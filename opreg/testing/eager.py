@@ -6,7 +6,6 @@ import dis
 import types
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +16,8 @@ from ..op import Op
 from ..spec import KernelSpec
 from . import process
 from .audit import audit, user_line
-from .compare import DEFAULT_RMS, difference
+from .compare import DEFAULT_RMS
+from .outcome import Outcome, differ
 from .samples import Call, named_tensors, restore_state, tensors_of
 
 
@@ -49,19 +49,6 @@ def describe(error: BaseException) -> str:
 
     text = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {text[:200]} at {user_line(traceback.extract_tb(error.__traceback__))}"
-
-
-@dataclass
-class Outcome:
-    """Results and written arguments of one run, with names for the report."""
-
-    results: list[torch.Tensor]
-    written: list[torch.Tensor]
-    state: list[torch.Tensor]
-
-    @property
-    def all(self) -> list[torch.Tensor]:
-        return [*self.results, *self.written, *self.state]
 
 
 @contextmanager
@@ -108,7 +95,7 @@ def run(
         state = [tensor.clone() for tensor in call.state.values()]
     finally:
         restore_state(saved)
-    return Outcome(tensors_of(result), written, state)
+    return Outcome(result, written, state)
 
 
 def refusal(op: Op[Any, Any], kernel: KernelSpec, args: tuple[Any, ...]) -> str | None:
@@ -270,5 +257,5 @@ def repeats(op: Op[Any, Any], fn: Callable[..., Any], call: Call) -> str | None:
                 "add tags=torch.Tag.nondeterministic_seeded, or take the random numbers as an argument"
             )
     first, second = run(op, fn, call), run(op, fn, call)
-    found = difference(first.all, second.all, 0.0)
+    found = differ(first, second, 0.0)
     return None if found is None else f"two calls with equal arguments differ: {found}"

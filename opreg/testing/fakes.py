@@ -19,6 +19,7 @@ from ..spec import ArgSpec
 from . import process
 from .audit import is_machinery, user_line
 from .eager import describe
+from .outcome import Outcome, form
 from .samples import Call, tensors_of
 
 log = logging.getLogger("opreg")
@@ -26,8 +27,8 @@ log = logging.getLogger("opreg")
 _DUNDER = {"__bool__", "__int__", "__index__", "__float__", "__len__"}
 
 
-def check_fake(op: Op[Any, Any], call: Call, results: list[torch.Tensor]) -> str | None:
-    """How the fake's outputs differ from the real results of the same call: number, shape, dtype, stride, device."""
+def check_fake(op: Op[Any, Any], call: Call, real: Outcome) -> str | None:
+    """How the fake's outputs differ from the real results of the same call: form, shape, dtype, stride, device."""
     # Sizes are numbers, except those that the fake says depend on values (new_dynamic_size, nonzero).
     mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
     args = _convert(call.fresh(), mode.from_tensor)
@@ -36,25 +37,25 @@ def check_fake(op: Op[Any, Any], call: Call, results: list[torch.Tensor]) -> str
             made = op.call_with(op.overload, args)
     except Exception as error:  # a fake may raise anything; reported
         return f"the fake raises {describe(error)}, but the real call works"
-    fakes = tensors_of(made)
-    if len(fakes) != len(results):
-        return f"the fake gives {len(fakes)} tensors, the real call {len(results)}"
-    for index, (one, real) in enumerate(zip(fakes, results, strict=True)):
+    if form(made) != form(real.result):
+        return f"the fake gives {form(made)}, the real call {form(real.result)}"
+    fakes, results = tensors_of(made), real.results
+    for index, (one, true) in enumerate(zip(fakes, results, strict=True)):
         name = "the fake's result" if len(fakes) == 1 else f"the fake's result {index}"
-        if not _same_sizes(one.shape, real.shape):
-            return f"{name} has shape {list(one.shape)}, the real one {list(real.shape)}"
-        if one.dtype != real.dtype:
-            return f"{name} has {one.dtype}, the real one {real.dtype}"
-        if one.device.type != real.device.type:
-            return f"{name} is on {one.device}, the real one on {real.device}"
-        if real.numel() and not _same_sizes(_strides(one, real), _strides(real, real)):
+        if not _same_sizes(one.shape, true.shape):
+            return f"{name} has shape {list(one.shape)}, the real one {list(true.shape)}"
+        if one.dtype != true.dtype:
+            return f"{name} has {one.dtype}, the real one {true.dtype}"
+        if one.device.type != true.device.type:
+            return f"{name} is on {one.device}, the real one on {true.device}"
+        if true.numel() and not _same_sizes(_strides(one, true), _strides(true, true)):
             return (
-                f"{name} has strides {list(one.stride())}, the real one {list(real.stride())} of shape "
-                f"{list(real.shape)}; return .contiguous(), or register a fake that gives these strides"
+                f"{name} has strides {list(one.stride())}, the real one {list(true.stride())} of shape "
+                f"{list(true.shape)}; return .contiguous(), or register a fake that gives these strides"
             )
-        if one.storage_offset() != real.storage_offset():
+        if one.storage_offset() != true.storage_offset():
             return (
-                f"{name} starts at offset {one.storage_offset()} of its memory, the real one at {real.storage_offset()}"
+                f"{name} starts at offset {one.storage_offset()} of its memory, the real one at {true.storage_offset()}"
             )
     return None
 

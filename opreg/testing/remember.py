@@ -15,8 +15,8 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..op import Op
-from .compare import difference
 from .eager import Crashed, Refused, attempt, run
+from .outcome import differ
 from .samples import Call, copy_arguments, named_tensors, restore_state, tensors_of
 
 _CONTAINERS = (dict, list, set, collections.deque)
@@ -190,7 +190,7 @@ def check_caches(op: Op[Any, Any], fn: Callable[..., Any], memory: Memory, call:
             remember()
     except (Refused, Crashed):
         return None  # halved values may mean nothing to the op
-    found = difference(fresh.all, second.all, 0.0)
+    found = differ(fresh, second, 0.0)
     return (
         None
         if found is None

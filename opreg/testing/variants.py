@@ -215,7 +215,7 @@ def _make(
     for arg in op.spec.args:
         if arg.layer:
             return None
-        if arg.type in ("Tensor", "Tensor?", "Tensor[]") and not (arg.optional and not optional):
+        if arg.type.startswith("Tensor") and not (arg.optional and not optional):
             shape: list[int] = []
             for dim in arg.shape.dims if arg.shape is not None else ():
                 if dim.kind == "star":
@@ -229,19 +229,26 @@ def _make(
             if arg.shape is None:
                 shape = [4, 8]
             tensor = _values(shape, arg.dtype or dtype, generator).to(device)
-            made.append([tensor, tensor.clone()] if arg.type == "Tensor[]" else tensor)
+            made.append(_many(arg, [tensor.clone() for _ in range(arg.length or 2)]) if arg.is_list else tensor)
         elif arg.default is not _required():
             made.append(arg.default)
         elif arg.choices is not None:
             made.append(arg.choices[0])
         else:
             seeded = torch.Generator(device).manual_seed(0) if arg.type == "Generator" else None
-            known = {"SymInt": sizes.get(arg.name), "float": 0.5, "bool": True, "SymInt[]": [1], "Generator": seeded}
+            known = {"SymInt": sizes.get(arg.name), "float": 0.5, "bool": True, "Generator": seeded}
             value = known.get(arg.type)
+            if arg.is_list and not arg.optional:
+                element = {**known, "SymInt": 1}.get(arg.type.partition("[")[0])
+                value = None if element is None else _many(arg, [element] * (arg.length or 1))
             if value is None and not arg.optional:
                 return None
             made.append(value)
     return tuple(made)
+
+
+def _many(arg: ArgSpec, values: list[Any]) -> Any:
+    return tuple(values) if arg.as_tuple else values
 
 
 def _required() -> Any:

@@ -7,12 +7,13 @@ from .formulas import CASES as FORMULAS
 from .kernels import CASES as KERNELS
 from .memory import CASES as MEMORY
 from .process import CASES as PROCESS
+from .results import CASES as RESULTS
 from .shapes import CASES as SHAPES
 from .values import CASES as VALUES
 from .writes import CASES as WRITES
 
 CASES: tuple[Case, ...] = tuple(
-    sorted((*WRITES, *MEMORY, *PROCESS, *SHAPES, *FORMULAS, *KERNELS, *VALUES), key=lambda case: case.hazard)
+    sorted((*WRITES, *MEMORY, *PROCESS, *SHAPES, *FORMULAS, *KERNELS, *VALUES, *RESULTS), key=lambda case: case.hazard)
 )
 
 

@@ -71,7 +71,7 @@ def _wrapped(op: Op, args: tuple[Any, ...]) -> Any:
 def _wrap(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_wrap(item) for item in value]
-    if isinstance(value, torch.Tensor) and value.is_xla and not torch._is_functional_tensor(value):
+    if isinstance(value, torch.Tensor) and value.device.type == "xla" and not torch._is_functional_tensor(value):
         return torch._to_functional_tensor(value)
     return value
 
@@ -80,7 +80,7 @@ def _bare(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return tuple(_bare(item) for item in value)
     if isinstance(value, torch.Tensor) and torch._is_functional_tensor(value):
-        torch._sync(value)
+        torch._sync(value)  # type: ignore[attr-defined, no-untyped-call]
         return torch._from_functional_tensor(value)
     return value
 

@@ -5,7 +5,8 @@ jax.numpy everywhere. What counts is the platform that a graph is lowered for, n
 graph made on a CPU can be compiled for a TPU.
 
 Lengths and page numbers are data of the graph. Nothing waits for their values, and so nothing refuses them: what a page
-number outside the cache gives is not defined, but it stays inside the cache.
+number outside the cache gives is not defined, but it stays inside the cache. Who wants them checked forces the kernel
+in torch, which reads them on the host: opreg.use_kernel("opreg::ragged_paged_attention", "cpu/rpa_torch").
 """
 
 from collections.abc import Callable

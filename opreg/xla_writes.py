@@ -1,4 +1,4 @@
-"""Ops that write their arguments, on torch_xla.
+"""Ops on torch_xla, where functionalisation stands between the operator and the device.
 
 Every tensor of torch_xla is a functional wrapper: PyTorch's functionalisation sits between the operator and the device,
 and it refuses any operator of others that writes an argument. So the operator is caught one level above it, in the
@@ -6,12 +6,17 @@ autograd key of XLA (such an op has no gradient formula). There the kernel gets 
 writes with copy_ or index_put_ is functionalised like every other torch operation: views see it, and the lazy graph
 updates the buffer in place. In inference mode tensors have no autograd key, so there it is the direct call of the
 kernel (opreg.call) that comes before functionalisation, and `torch.ops.ns.op(...)` is refused by torch.
+
+An op that writes nothing is called below functionalisation, with bare tensors. There a kernel that fills a tensor of
+its own (`out = torch.zeros(...); out[i] = ...`) would lose what it writes without a word, since torch_xla makes new
+tensors wrapped; so its arguments are wrapped again.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +31,10 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def catch(op: Op) -> None:
-    """Make an op that writes arguments work on tensors of torch_xla, eager and in compiled graphs."""
+    """Make an op work on tensors of torch_xla, eager and in compiled graphs."""
     if not op.spec.mutates:
+        if _installed():
+            _implement(op, lambda args: _wrapped(op, args), "XLA")
         return
 
     def on_xla(args: tuple[Any, ...]) -> Any:
@@ -38,11 +45,44 @@ def catch(op: Op) -> None:
             _let_graphs_through()
             return _in_graph(op, args)
 
+    _implement(op, on_xla, "AutogradXLA")
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("torch_xla") is not None
+
+
+def _implement(op: Op, run: Callable[[tuple[Any, ...]], Any], key: str) -> None:
     @functools.cache
     def gathered() -> Callable[..., Any]:
-        return op.gather(on_xla)  # made at the first call: most processes never have a tensor of torch_xla
+        return op.gather(run)  # made at the first call: most processes never have a tensor of torch_xla
 
-    library.implement(op.name, lambda *args, **kwargs: gathered()(*args, **kwargs), "AutogradXLA")
+    library.implement(op.name, lambda *args, **kwargs: gathered()(*args, **kwargs), key)
+
+
+def _wrapped(op: Op, args: tuple[Any, ...]) -> Any:
+    """The op as it runs above functionalisation, for bare tensors."""
+    with torch._C._PreserveDispatchKeyGuard():
+        torch._C._dispatch_tls_set_dispatch_key_excluded(torch._C.DispatchKey.Functionalize, False)
+        return _bare(op.call_with(op.calls.entry, tuple(_wrap(value) for value in args)))
+
+
+def _wrap(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_wrap(item) for item in value]
+    if isinstance(value, torch.Tensor) and value.device.type == "xla" and not torch._is_functional_tensor(value):
+        return torch._to_functional_tensor(value)
+    return value
+
+
+def _bare(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(_bare(item) for item in value)
+    if isinstance(value, torch.Tensor) and torch._is_functional_tensor(value):
+        torch._sync(value)  # type: ignore[attr-defined, no-untyped-call]
+        return torch._from_functional_tensor(value)
+    return value
 
 
 def _in_graph(op: Op, args: tuple[Any, ...]) -> Any:

@@ -112,11 +112,12 @@ ragged_paged_attention.register_kernel(
 )
 
 
-def _inputs(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[dict[str, Any]]:
-    lengths = [(5, 18), (1, 29), (0, 9), (20, 40), (1, 16), (3, 3)]
+_LENGTHS = [(5, 18), (1, 29), (0, 9), (20, 40), (1, 16), (3, 3)]
 
+
+def _inputs(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[dict[str, Any]]:
     def batch(**sizes: Any) -> dict[str, Any]:
-        made = make_batch(lengths, dtype=dtype, device=device, generator=generator, **sizes)
+        made = make_batch(_LENGTHS, dtype=dtype, device=device, generator=generator, **sizes)
         return {**made._asdict(), "sm_scale": made.q.shape[2] ** -0.5}
 
     yield batch()
@@ -126,5 +127,11 @@ def _inputs(device: torch.device, dtype: torch.dtype, generator: torch.Generator
     yield {**batch(kv_dtype=torch.int8, page_size=8), "k_scale": 0.03, "v_scale": 0.05, "mask_value": -1e30}
 
 
-ragged_paged_attention.register_inputs(_inputs)
+def _and_one_for_ipex(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[dict[str, Any]]:
+    yield from _inputs(device, dtype, generator)
+    made = make_batch(_LENGTHS, dtype=dtype, device=device, generator=generator, kv_layout="HND")
+    yield {**made._asdict(), "sm_scale": made.q.shape[2] ** -0.5, "kv_layout": "HND", "soft_cap": 5.0}
+
+
+ragged_paged_attention.register_inputs(_and_one_for_ipex)
 ragged_paged_attention_lse.register_inputs(_inputs)

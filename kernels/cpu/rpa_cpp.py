@@ -82,14 +82,21 @@ def level() -> int:
     return int(probe.rpa_level())
 
 
-@cache
+_libraries: dict[int, ctypes.CDLL] = {}
+
+
 def library(rank: int) -> ctypes.CDLL:
+    """The kernels for one of LEVELS, built and loaded once."""
+    known = _libraries.get(rank)
+    if known is not None:
+        return known
     name = LEVELS[rank]
     built = build.load(f"rpa_{name}", {"rpa.cpp": (), f"rpa_{name}.cpp": _FLAGS[name]})
     built.rpa_attention.argtypes = (ctypes.POINTER(Args), ctypes.POINTER(WriteArgs))
     built.rpa_write.argtypes = (ctypes.POINTER(WriteArgs),)
     built.rpa_write.restype = ctypes.c_int32
     built.rpa_attention.restype = ctypes.c_int32
+    _libraries[rank] = built
     return built
 
 
@@ -116,16 +123,23 @@ def why_not(
 
 def why_not_cache(kv_pages: Tensor) -> str | None:
     """The reason why this machine or this cache is not for the C++ kernels, or None."""
+    # A library that is loaded answers for the machine; asking again costs a tenth of a short call.
+    if not _libraries:
+        reason = _why_not_here()
+        if reason is not None:
+            return reason
+    if kv_pages.dim() == 4 and kv_pages.stride(3) != 1:
+        return f"the last dimension of kv_pages is not contiguous (stride {kv_pages.stride(3)})"
+    return None
+
+
+def _why_not_here() -> str | None:
     if not build.X86:
         return "the C++ kernel is written for x86-64 (AVX2 or AVX-512)"
     reason = build.why_not()
     if reason is not None:
         return reason
-    if level() == 0:
-        return "the processor has no AVX2 with FMA and F16C"
-    if kv_pages.dim() == 4 and kv_pages.stride(3) != 1:
-        return f"the last dimension of kv_pages is not contiguous (stride {kv_pages.stride(3)})"
-    return None
+    return "the processor has no AVX2 with FMA and F16C" if level() == 0 else None
 
 
 def rpa_cpp(
@@ -209,7 +223,7 @@ def attend(
     if page_indices.stride(1) != 1:
         page_indices = page_indices.contiguous()
     sinks = None if options.sinks is None else options.sinks.to(torch.float32).contiguous()
-    out = torch.empty(q.shape, dtype=q.dtype)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)  # half the time of empty(shape, dtype=...)
     page, position, head = cache_strides(kv_pages, options.kv_layout)
     args = Args(
         q.data_ptr(),

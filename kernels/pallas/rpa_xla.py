@@ -5,8 +5,12 @@ jax.numpy everywhere. What counts is the platform that a graph is lowered for, n
 graph made on a CPU can be compiled for a TPU.
 
 Lengths and page numbers are data of the graph. Nothing waits for their values, and so nothing refuses them: what a page
-number outside the cache gives is not defined, but it stays inside the cache.
+number outside the cache gives is not defined, but it stays inside the cache. Who wants them checked forces the kernel
+in torch, which reads them on the host: opreg.use_kernel("opreg::ragged_paged_attention", "cpu/rpa_torch").
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,159 +23,128 @@ from .rpa_pages import NHD
 from .rpa_plain import Arrays, Options, attend, attend_update, write_slots
 from .rpa_update import ragged_paged_attention_update
 
-
-def rpa(
-    q: jax.Array,
-    kv_pages: jax.Array,
-    kv_lens: jax.Array,
-    page_indices: jax.Array,
-    cu_q_lens: jax.Array,
-    num_seqs: jax.Array,
-    *,
-    sm_scale: float = 1.0,
-    sliding_window: int | None = None,
-    soft_cap: float | None = None,
-    mask_value: float | None = None,
-    k_scale: float | None = None,
-    v_scale: float | None = None,
-    kv_layout: str = NHD,
-    sinks: jax.Array | None = None,
-) -> jax.Array:
-    """opreg::ragged_paged_attention; why_not says which calls the Pallas kernel does not take."""
-    arrays = Arrays(q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sinks)
-    options = Options(sm_scale, sliding_window, soft_cap, mask_value, k_scale, v_scale, kv_layout)
-    return _chosen(arrays, options, False)[0]
+Pair = tuple[jax.Array, jax.Array]
 
 
-def rpa_lse(
-    q: jax.Array,
-    kv_pages: jax.Array,
-    kv_lens: jax.Array,
-    page_indices: jax.Array,
-    cu_q_lens: jax.Array,
-    num_seqs: jax.Array,
-    *,
-    sm_scale: float = 1.0,
-    sliding_window: int | None = None,
-    soft_cap: float | None = None,
-    mask_value: float | None = None,
-    k_scale: float | None = None,
-    v_scale: float | None = None,
-    kv_layout: str = NHD,
-    sinks: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """opreg::ragged_paged_attention_lse in the same way."""
-    arrays = Arrays(q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sinks)
-    options = Options(sm_scale, sliding_window, soft_cap, mask_value, k_scale, v_scale, kv_layout)
-    out, lse = _chosen(arrays, options, True)
-    return out, lse
+def _attention(name: str, compute: Callable[[Arrays, Options], Any], doc: str) -> Callable[..., Any]:
+    """A function with the parameters of opreg::ragged_paged_attention."""
+
+    def attention(
+        q: jax.Array,
+        kv_pages: jax.Array,
+        kv_lens: jax.Array,
+        page_indices: jax.Array,
+        cu_q_lens: jax.Array,
+        num_seqs: jax.Array,
+        *,
+        sm_scale: float = 1.0,
+        sliding_window: int | None = None,
+        soft_cap: float | None = None,
+        mask_value: float | None = None,
+        k_scale: float | None = None,
+        v_scale: float | None = None,
+        kv_layout: str = NHD,
+        sinks: jax.Array | None = None,
+    ) -> Any:
+        arrays = Arrays(q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sinks)
+        options = Options(sm_scale, sliding_window, soft_cap, mask_value, k_scale, v_scale, kv_layout)
+        return compute(arrays, options)
+
+    return _named(attention, name, doc)
 
 
-def rpa_update(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    kv_pages: jax.Array,
-    kv_lens: jax.Array,
-    page_indices: jax.Array,
-    cu_q_lens: jax.Array,
-    num_seqs: jax.Array,
-    *,
-    sm_scale: float = 1.0,
-    sliding_window: int | None = None,
-    soft_cap: float | None = None,
-    mask_value: float | None = None,
-    k_scale: float | None = None,
-    v_scale: float | None = None,
-    kv_layout: str = NHD,
-    sinks: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """The new cache and the output of opreg::ragged_paged_attention_update in the same way."""
-    arrays = Arrays(q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sinks)
-    options = Options(sm_scale, sliding_window, soft_cap, mask_value, k_scale, v_scale, kv_layout)
+def _update(
+    name: str, compute: Callable[[Arrays, jax.Array, jax.Array, Options], Pair], doc: str
+) -> Callable[..., Any]:
+    """A function with the parameters of opreg::ragged_paged_attention_update; compute(arrays, k, v, options)."""
 
-    def on_tpu(arrays: Arrays, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-        q, *rest, sinks = arrays
-        settings = {**options._asdict(), "sinks": sinks, "chip": attached_chip()}
-        out, kv_pages = ragged_paged_attention_update(q, k, v, *rest, **settings)
-        return kv_pages, out
+    def update(
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        kv_pages: jax.Array,
+        kv_lens: jax.Array,
+        page_indices: jax.Array,
+        cu_q_lens: jax.Array,
+        num_seqs: jax.Array,
+        *,
+        sm_scale: float = 1.0,
+        sliding_window: int | None = None,
+        soft_cap: float | None = None,
+        mask_value: float | None = None,
+        k_scale: float | None = None,
+        v_scale: float | None = None,
+        kv_layout: str = NHD,
+        sinks: jax.Array | None = None,
+    ) -> Pair:
+        arrays = Arrays(q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sinks)
+        options = Options(sm_scale, sliding_window, soft_cap, mask_value, k_scale, v_scale, kv_layout)
+        return compute(arrays, k, v, options)
 
-    def elsewhere(arrays: Arrays, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return attend_update(arrays, k, v, options)
+    return _named(update, name, doc)
 
-    chosen: tuple[jax.Array, jax.Array] = lax.platform_dependent(arrays, k, v, tpu=on_tpu, default=elsewhere)
+
+def _named(function: Callable[..., Any], name: str, doc: str) -> Callable[..., Any]:
+    """Names are what profiles and error messages show."""
+    function.__name__ = function.__qualname__ = name
+    function.__doc__ = doc
+    return function
+
+
+def _settings(arrays: Arrays, options: Options) -> dict[str, Any]:
+    """Keyword arguments of the Pallas kernels."""
+    return {**options._asdict(), "sinks": arrays.sinks, "chip": attached_chip()}
+
+
+def _chosen(arrays: Arrays, options: Options) -> jax.Array:
+    def on_tpu(arrays: Arrays) -> jax.Array:
+        return ragged_paged_attention(*arrays[:-1], **_settings(arrays, options))
+
+    chosen: jax.Array = lax.platform_dependent(arrays, tpu=on_tpu, default=lambda arrays: attend(arrays, options)[0])
     return chosen
 
 
-def rpa_plain(
-    q: jax.Array,
-    kv_pages: jax.Array,
-    kv_lens: jax.Array,
-    page_indices: jax.Array,
-    cu_q_lens: jax.Array,
-    num_seqs: jax.Array,
-    *,
-    sm_scale: float = 1.0,
-    sliding_window: int | None = None,
-    soft_cap: float | None = None,
-    mask_value: float | None = None,
-    k_scale: float | None = None,
-    v_scale: float | None = None,
-    kv_layout: str = NHD,
-    sinks: jax.Array | None = None,
-) -> jax.Array:
-    """opreg::ragged_paged_attention in jax.numpy."""
-    arrays = Arrays(q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sinks)
-    options = Options(sm_scale, sliding_window, soft_cap, mask_value, k_scale, v_scale, kv_layout)
-    return attend(arrays, options)[0]
+def _chosen_lse(arrays: Arrays, options: Options) -> Pair:
+    def on_tpu(arrays: Arrays) -> Pair:
+        return ragged_paged_attention_lse(*arrays[:-1], **_settings(arrays, options))
+
+    chosen: Pair = lax.platform_dependent(arrays, tpu=on_tpu, default=lambda arrays: attend(arrays, options))
+    return chosen
 
 
-def rpa_plain_lse(
-    q: jax.Array,
-    kv_pages: jax.Array,
-    kv_lens: jax.Array,
-    page_indices: jax.Array,
-    cu_q_lens: jax.Array,
-    num_seqs: jax.Array,
-    *,
-    sm_scale: float = 1.0,
-    sliding_window: int | None = None,
-    soft_cap: float | None = None,
-    mask_value: float | None = None,
-    k_scale: float | None = None,
-    v_scale: float | None = None,
-    kv_layout: str = NHD,
-    sinks: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """opreg::ragged_paged_attention_lse in jax.numpy."""
-    arrays = Arrays(q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sinks)
-    options = Options(sm_scale, sliding_window, soft_cap, mask_value, k_scale, v_scale, kv_layout)
-    return attend(arrays, options)
+def _chosen_update(arrays: Arrays, k: jax.Array, v: jax.Array, options: Options) -> Pair:
+    def on_tpu(arrays: Arrays, k: jax.Array, v: jax.Array) -> Pair:
+        q, *rest, _ = arrays
+        out, kv_pages = ragged_paged_attention_update(q, k, v, *rest, **_settings(arrays, options))
+        return kv_pages, out
+
+    def elsewhere(arrays: Arrays, k: jax.Array, v: jax.Array) -> Pair:
+        return attend_update(arrays, k, v, options)
+
+    chosen: Pair = lax.platform_dependent(arrays, k, v, tpu=on_tpu, default=elsewhere)
+    return chosen
 
 
-def rpa_plain_update(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    kv_pages: jax.Array,
-    kv_lens: jax.Array,
-    page_indices: jax.Array,
-    cu_q_lens: jax.Array,
-    num_seqs: jax.Array,
-    *,
-    sm_scale: float = 1.0,
-    sliding_window: int | None = None,
-    soft_cap: float | None = None,
-    mask_value: float | None = None,
-    k_scale: float | None = None,
-    v_scale: float | None = None,
-    kv_layout: str = NHD,
-    sinks: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """The new cache and the output of opreg::ragged_paged_attention_update, in jax.numpy."""
-    arrays = Arrays(q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sinks)
-    options = Options(sm_scale, sliding_window, soft_cap, mask_value, k_scale, v_scale, kv_layout)
-    return attend_update(arrays, k, v, options)
+rpa = _attention(
+    "rpa", _chosen, "opreg::ragged_paged_attention; why_not says which calls the Pallas kernel does not take."
+)
+rpa_lse = _attention("rpa_lse", _chosen_lse, "opreg::ragged_paged_attention_lse in the same way.")
+rpa_update = _update(
+    "rpa_update",
+    _chosen_update,
+    "The new cache and the output of opreg::ragged_paged_attention_update in the same way.",
+)
+rpa_plain = _attention(
+    "rpa_plain",
+    lambda arrays, options: attend(arrays, options)[0],
+    "opreg::ragged_paged_attention in jax.numpy.",
+)
+rpa_plain_lse = _attention("rpa_plain_lse", attend, "opreg::ragged_paged_attention_lse in jax.numpy.")
+rpa_plain_update = _update(
+    "rpa_plain_update",
+    attend_update,
+    "The new cache and the output of opreg::ragged_paged_attention_update, in jax.numpy.",
+)
 
 
 def kv_cache_update(
@@ -194,18 +167,3 @@ def kv_cache_update(
         )
     options = Options(1.0, None, None, None, k_scale, v_scale, kv_layout)
     return write_slots(k, v, kv_pages, slot_mapping, options)
-
-
-def _chosen(arrays: Arrays, options: Options, with_lse: bool) -> tuple[jax.Array, ...]:
-    def on_tpu(arrays: Arrays) -> tuple[jax.Array, ...]:
-        *positional, sinks = arrays
-        settings = {**options._asdict(), "sinks": sinks, "chip": attached_chip()}
-        if with_lse:
-            return ragged_paged_attention_lse(*positional, **settings)
-        return (ragged_paged_attention(*positional, **settings),)
-
-    def elsewhere(arrays: Arrays) -> tuple[jax.Array, ...]:
-        return attend(arrays, options)[: 2 if with_lse else 1]
-
-    chosen: tuple[jax.Array, ...] = lax.platform_dependent(arrays, tpu=on_tpu, default=elsewhere)
-    return chosen

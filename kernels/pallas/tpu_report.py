@@ -6,6 +6,7 @@ figure stands its bound; figures compare for the same work under the same compil
 
 import importlib.util
 from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import version
 from typing import Any
 
 # Bundles of the published kernels under jax 0.10.2 with libtpu 0.0.52. RPA v3 masks every block, and computes a whole
@@ -43,10 +44,9 @@ def _rows(chips: Sequence[str]) -> Iterator[dict[str, Any]]:
         for what, bundles in (("inside", found.inside), ("with masks", found.masked)):
             work = f"prefill tile of {found.tile}, {what}"
             yield row(chip, work, bundles, found.matrix_bound, "matrix passes", TILE.get(chip, {}))
-        work = f"decode sequence of {found.kv}"
-        yield row(
-            chip, work, found.decode_sequence, round(found.copy_floor), "cycles of its copies", DECODE.get(chip, {})
-        )
+        floor, of = round(found.copy_floor), "cycles of its copies"
+        yield row(chip, f"decode sequence of {found.kv}", found.decode_sequence, floor, of, DECODE.get(chip, {}))
+        yield row(chip, f"decode products of {found.kv}", found.decode_product, floor, of, {})
 
 
 def row(chip: str, work: str, bundles: int, bound: int, of: str, published: dict[str, int]) -> dict[str, Any]:
@@ -62,4 +62,5 @@ def row(chip: str, work: str, bundles: int, bound: int, of: str, published: dict
         "bound_of": of,
         "ratio": takes / bound,
         "published": beside,
+        "compiler": f"jax {version('jax')}, libtpu {version('libtpu')}",
     }

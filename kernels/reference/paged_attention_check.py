@@ -148,6 +148,7 @@ def check_call(
             raise fail(op, f"sinks is {tuple(sinks.shape)}; it needs one value per query head, ({q.shape[1]},)")
         if not sinks.is_floating_point():
             raise fail(op, f"sinks is {sinks.dtype}; use a floating-point dtype such as torch.float32")
+    device = q.device
     for name, tensor in (
         ("kv_pages", kv_pages),
         ("kv_lens", kv_lens),
@@ -156,8 +157,8 @@ def check_call(
         ("num_seqs", num_seqs),
         ("sinks", sinks),
     ):
-        if tensor is not None and tensor.device != q.device:
-            raise fail(op, f"{name} is on {tensor.device} but q is on {q.device}; move it with .to(q.device)")
+        if tensor is not None and tensor.device != device:
+            raise fail(op, f"{name} is on {tensor.device} but q is on {device}; move it with .to(q.device)")
     return cache
 
 

@@ -16,6 +16,7 @@ from ..errors import OpregError, UnknownOpError
 from ..op import Op
 from . import compiled, eager, fakes, gradients, process, variants, verdict
 from .eager import Crashed, Refused
+from .on_xla import OnXla
 from .one_call import OneCall, prefix, verb
 from .outcome import Outcome, differ
 from .report import Report
@@ -302,4 +303,6 @@ def check_op(
         select.kernel_named(found, kernel)
     with warnings.catch_warnings(), process.kept(everything=True):
         warnings.simplefilter("ignore")  # compilers warn about the very mistakes that the report names
+        if device == "xla":
+            return OnXla(found, seed, kernel, input, compilers).run()
         return Checker(found, device, seed, kernel, input, compilers).run()

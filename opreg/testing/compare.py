@@ -23,7 +23,7 @@ def difference(expected: Sequence[torch.Tensor], actual: Sequence[torch.Tensor],
     if len(expected) != len(actual):
         return f"{len(actual)} tensors instead of {len(expected)}"
     for index, (one, other) in enumerate(zip(expected, actual, strict=True)):
-        found = _tensors_differ(one.detach(), other.detach(), rms)
+        found = _tensors_differ(one.detach().cpu(), other.detach().cpu(), rms)
         if found is not None:
             return found if len(expected) == 1 else f"result {index}: {found}"
     return None

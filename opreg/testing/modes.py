@@ -14,8 +14,9 @@ from .outcome import Outcome, differ
 from .samples import Call, tensors_of
 
 
-def check_modes(op: Op[Any, Any], call: Call) -> Iterator[str]:
-    """How results differ between no_grad, inference mode, grad mode and a call of which gradients are wanted."""
+def check_modes(op: Op[Any, Any], call: Call, rms: float = 0.0) -> Iterator[str]:
+    """How results differ between no_grad, inference mode, grad mode and a call of which gradients are wanted, by more
+    than `rms`."""
     try:
         expected = run(op, op.function, call)
     except (Refused, Crashed):
@@ -32,12 +33,14 @@ def check_modes(op: Op[Any, Any], call: Call) -> Iterator[str]:
             return
     with torch.inference_mode():
         # Made in here, so that they are tensors of inference mode, as a model's are.
-        yield from _differs(op, call, call.fresh(), torch.inference_mode(), expected, "in inference mode", True)
-    yield from _differs(op, call, call.fresh(), torch.enable_grad(), expected, "in grad mode", True)
+        yield from _differs(op, call, call.fresh(), torch.inference_mode(), expected, "in inference mode", True, rms)
+    yield from _differs(op, call, call.fresh(), torch.enable_grad(), expected, "in grad mode", True, rms)
     given = _wanting(op, call)
     if given is not None:
         # An op without a formula may well fail there (numpy(), out=): the caller sees that. Other numbers he does not.
-        yield from _differs(op, call, given, torch.enable_grad(), expected, "where inputs require gradients", False)
+        yield from _differs(
+            op, call, given, torch.enable_grad(), expected, "where inputs require gradients", False, rms
+        )
         for arg, before, after in zip(op.spec.args, _wanting(op, call) or given, given, strict=True):
             if [t.requires_grad for t in tensors_of(before)] != [t.requires_grad for t in tensors_of(after)]:
                 yield f"changes whether {arg.name} requires gradients; work on a detached copy"
@@ -66,6 +69,7 @@ def _differs(
     expected: Outcome,
     what: str,
     loud: bool,
+    rms: float,
 ) -> Iterator[str]:
     try:
         actual = run(op, op.function, call, args, mode)
@@ -75,6 +79,6 @@ def _differs(
         return
     if torch.Tag.nondeterministic_seeded in op.spec.tags:
         return
-    found = differ(expected, actual, 0.0)
+    found = differ(expected, actual, rms)
     if found is not None:
         yield f"{what} the results are others: {found}"

@@ -22,6 +22,7 @@ FOUND = {
 @pytest.fixture
 def installed(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(tpu_report, "version", lambda name: f"of {name}")
     asked = []
 
     def measure(chip, problem, blocks):
@@ -33,7 +34,7 @@ def installed(monkeypatch):
 
 
 def test_rows(installed):
-    inside, masked, decode = tpu_report.report(["v6e"])
+    inside, masked, decode, products = tpu_report.report(["v6e"])
     assert inside == {
         "chip": "v6e",
         "work": "prefill tile of 256 x 512, inside",
@@ -42,15 +43,17 @@ def test_rows(installed):
         "bound_of": "matrix passes",
         "ratio": 1.125,
         "published": "RPA v3 14,817 (1.65x), RPA v2 21,104 (2.34x)",
+        "compiler": "jax of jax, libtpu of libtpu",
     }
     assert (masked["work"], masked["ratio"]) == ("prefill tile of 256 x 512, with masks", 1.25)
     # Copies take longer than the bundles: they are what a sequence takes.
     assert (decode["work"], decode["bound"], decode["ratio"]) == ("decode sequence of 512", 2000, 1.0)
     assert decode["published"] == "RPA v3 7,252 (3.63x)"
+    assert (products["work"], products["bundles"], products["published"]) == ("decode products of 512", 700, "")
 
 
 def test_which_chips(installed):
-    assert [row["chip"] for row in tpu_report.report(["v4"])] == ["v4"] * 3
+    assert [row["chip"] for row in tpu_report.report(["v4"])] == ["v4"] * 4
     assert installed == ["v4"]
     assert {row["chip"] for row in tpu_report.report([])} == {"v6e", "7x", "v5e"}
     with pytest.raises(ValueError, match="there is no chip 'v8'; there are v4, v5e, v5p, v6e, 7x"):

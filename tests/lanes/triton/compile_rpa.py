@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
-TYPES = {"bf16": tl.bfloat16, "fp32": tl.float32}
+TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 INDEX = ("kv_lens", "page_indices", "cu_q_lens", "num_seqs", "slot_mapping")
 
 
@@ -146,10 +146,12 @@ def main() -> None:
         attention("prefill, pages of 128", **PREFILL, page_size=128),
         attention("prefill, head_dim 256", **PREFILL, head_dim=256),
         attention("prefill, float32", **PREFILL, q="fp32", kv="fp32"),
+        attention("prefill, float16 over int8", **PREFILL, q="fp16", kv="i8"),
         attention("prefill, A100", **PREFILL, chip=80),
         attention("decode", **DECODE),
         attention("decode of drafts, 64/8 heads, with window, cap and sinks", 64, 16, group=8, features=True),
         attention("decode, fp8 cache", **DECODE, kv="fp8e4nv"),
+        attention("decode, float16 over fp8 of range", **DECODE, q="fp16", kv="fp8e5"),
         attention("decode, no splits", 256, 256),
         attention("decode, head_dim 256", **DECODE, head_dim=256),
         attention("decode, float32", **DECODE, q="fp32", kv="fp32"),

@@ -107,6 +107,16 @@ def test_dtypes(dtype, kv_dtype):
     compare(batch, k_scale=0.5, v_scale=0.125)
 
 
+@pytest.mark.parametrize(
+    "kv_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8]
+)
+def test_bfloat16_but_for_its_products(monkeypatch, kv_dtype):
+    """All of the kernel but tl.dot in bfloat16: loads, scales, statistics, stores, with products in float32."""
+    monkeypatch.setattr(rpa_launch, "dot_dtype", lambda q, kv: torch.float32)
+    batch = make_batch([(1, 20), (6, 9)], dtype=torch.bfloat16, kv_dtype=kv_dtype, heads=(2, 1))
+    compare(batch, k_scale=0.5, v_scale=0.125, limit=6e-3)  # the interpreter cuts the result to 8 bits, unrounded
+
+
 SHRUNK = {"decode": DECODE16, "mixed": MIXED16, "prefill": PREFILL16}
 
 

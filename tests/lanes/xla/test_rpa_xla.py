@@ -232,3 +232,20 @@ def test_the_whole_graph_compiles_for_v6e(for_tpu, tmp_path: Path):
     kind, calls, code = answer.rsplit(" ", 2)
     assert (kind, calls) == ("TPU v6 lite", "2")
     assert int(code) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("num_seqs", [3], "num_seqs is 3, but the index tensors hold 2"),
+        ("kv_lens", [5, 99], r"kv_lens\[1\] is 99, but a sequence has room"),
+        ("page_indices", [[0, 1, 0], [2, 6, 0]], r"page_indices\[1, 1\] is 6, but kv_pages has 6 pages"),
+    ],
+)
+def test_the_kernel_in_torch_checks_values(name, value, message):
+    batch = make_batch([(2, 5), (1, 6)], spare_seqs=0)._replace(**{name: torch.tensor(value, dtype=torch.int32)})
+    sent = [tensor.to(device) for tensor in batch]
+    with opreg.use_kernel("opreg::ragged_paged_attention", "cpu/rpa_torch"):
+        for call in (ragged_paged_attention, torch.ops.opreg.ragged_paged_attention):
+            with pytest.raises(ValueError, match=message):
+                call(*sent)

@@ -57,6 +57,27 @@ def test_it_is_one_node_of_an_openxla_graph():
         torch.testing.assert_close(total.cpu(), expected_total)
 
 
+@opreg.register_op("xla_writes::doubled_tail")
+def doubled_tail(x: Annotated[Tensor, "n"]) -> Annotated[Tensor, "n"]:
+    """Twice x from the second element on, and 5 before, written into a tensor of its own."""
+    out = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    out[1:] = x[1:] * 2
+    out[0].add_(5)
+    return out
+
+
+@pytest.mark.parametrize("how", ["function", "torch.ops", "inference", "openxla"])
+def test_what_a_kernel_writes_into_its_own_tensors_is_kept(how):
+    op = torch.ops.xla_writes.doubled_tail if how == "torch.ops" else doubled_tail
+    if how == "openxla":
+        op = torch.compile(lambda x: doubled_tail(x) + 0, backend="openxla", fullgraph=True)
+    with torch.inference_mode(how == "inference"):
+        out = op(torch.ones(3).to(device))
+        assert out.cpu().tolist() == [5, 2, 2]
+        out.add_(1)
+        assert out.cpu().tolist() == [6, 3, 3]
+
+
 @opreg.register_op("xla_writes::double", mutates_args=("x",))
 def double(x: Annotated[Tensor, "n"]) -> None:
     """Double in place."""

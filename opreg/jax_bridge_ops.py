@@ -14,7 +14,7 @@ from typing import Annotated, Any, Union
 import torch
 
 from .errors import DuplicateOpError, KernelError, SignatureError
-from .jax_bridge_arrays import from_foreign, runtime
+from .jax_bridge_arrays import runtime
 from .jax_bridge_executors import execute
 from .jax_bridge_op import OP, gradients, vmap
 from .jax_bridge_programs import Program, find_function, find_program
@@ -78,8 +78,7 @@ class JaxKernel:
         """The program, the tensors and the pytree of arguments."""
         leaves, treedef = runtime().flatten((tuple(args), dict(kwargs)))
         function = find_function(self.fn)
-        program, operands = find_program(function, treedef, leaves)
-        tensors = [x if isinstance(x, torch.Tensor) else from_foreign(x, function.label) for x in operands]
+        program, tensors = find_program(function, treedef, leaves)
         return program, tensors, treedef
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

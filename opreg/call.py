@@ -98,7 +98,7 @@ def {name}({parameters}):
 
 _PUBLIC = """\
 def {name}({parameters}):
-{direct}{handle}    return _overload({arguments})
+{direct}{handle}    return {slow}({arguments})
 """
 
 _DIRECT = """\
@@ -162,6 +162,7 @@ class Calls:
             "_default_device": _default_device,
             "_overload": op.overload,
             "_runner": self.runner,
+            "_slow": op.overload,
             "_runners": self.runners,
             "_unchecked": self.unchecked,
             "_unchecked_runner": self.unchecked_runner,
@@ -172,7 +173,7 @@ class Calls:
         self.entry = self._function(_entry_at_first.__code__)
         self.traced = FunctionType(_traced.__code__, self._names, self._name)
         if op.spec.layer_arg is not None:
-            self.traced = self._function(self._code(_PUBLIC, direct=""))
+            self.traced = self._function(self._code(_PUBLIC, direct="", slow="_overload"))
 
     @property
     def _name(self) -> str:
@@ -207,7 +208,7 @@ class Calls:
             everything = "".join(f"{arg.name}, " for arg in spec.args)
             gradless = _GRADLESS.format(grads=" or ".join(grads), everything=everything)
         self.entry.__code__ = self._code(_ANY_DEVICE, runners="_runners", make="_runner", gradless=gradless)
-        self.public.__code__ = self._code(_PUBLIC, direct=direct)
+        self.public.__code__ = self._code(_PUBLIC, direct=direct, slow="_slow")
         return self
 
     def named(self, layer: str) -> FunctionType:
@@ -233,6 +234,10 @@ class Calls:
     def unchecked_runner(self, device_type: str) -> Callable[..., Any]:
         """The runner for compiled graphs, whose sizes were checked when they were traced."""
         return self.unchecked.setdefault(device_type, make_runner(self.op, device_type, checked=False))
+
+    def otherwise(self, fn: Callable[..., Any]) -> None:
+        """Make `fn` what users' calls come to where the kernel cannot be called directly, instead of the overload."""
+        self._names["_slow"] = fn
 
     def reset(self) -> None:
         """Forget the runners: the next call chooses anew."""

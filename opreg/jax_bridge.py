@@ -27,7 +27,7 @@ from .jax_bridge_cache import (
 )
 from .jax_bridge_cpu import run_quick
 from .jax_bridge_executors import execute
-from .jax_bridge_export import EXPORTED, carry
+from .jax_bridge_export import call_carried, jax_decompositions
 from .jax_bridge_keys import argument_names
 from .jax_bridge_op import OP, apply
 from .jax_bridge_ops import from_jax, register_jax_op
@@ -44,6 +44,7 @@ __all__ = [
     "jax_cache_clear",
     "jax_cache_info",
     "jax_cache_limits",
+    "jax_decompositions",
     "register_jax_op",
 ]
 
@@ -122,11 +123,11 @@ def _call(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
     if not _eager():
         function.pin()  # a graph that is being made names the program and may run at any time
     tensors = tensors or [torch.empty(0)]  # an operator without a tensor has no device
+    if torch.compiler.is_exporting():
+        return call_carried(program, tensors)
     tree = infer(program, tensors)[0].tree
     if peek_interpreter_stack() is not None or _forward_ad._current_level >= 0:
         return tree.unflatten(apply(program.name, tensors))
-    if torch.compiler.is_exporting():
-        return tree.unflatten(EXPORTED(tensors, *carry(program, tensors)))
     return tree.unflatten(OP(tensors, program.name))
 
 

@@ -244,6 +244,7 @@ def by_name(name: str) -> Program:
     if program is None:
         raise KernelError(
             f"opreg::jax_call: there is no JAX program '{name}' in this process. A graph that leaves the process must "
-            "carry its programs: save it with torch.export.export(..., strict=False), which does"
+            "carry its programs: torch.export.export(..., strict=False) sees to it, and after strict=True "
+            "program.run_decompositions(opreg.jax_decompositions()) does"
         )
     return program

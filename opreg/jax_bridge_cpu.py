@@ -48,7 +48,8 @@ class Recipe:
             self.idle = [buffers] if buffers.shared() else None
         # A result that is one small array is copied without being looked over: its dtype, and what is like it.
         self.array_type, self.dtype = run.array_type, None
-        if type(out) is run.array_type and 0 < out.nbytes <= COPY_LIMIT and run.numpy.asarray(out).flags.c_contiguous:
+        one: bool = type(out) is run.array_type
+        if one and 0 < out.nbytes <= COPY_LIMIT and run.numpy.asarray(out).flags.c_contiguous:
             self.dtype, self.size = out.dtype, ctypes.c_size_t(out.nbytes)
             strides = torch.empty(out.shape, device="meta").stride()
             self.new = functools.partial(empty_cpu, out.shape, strides, run.to_torch_dtype[out.dtype])

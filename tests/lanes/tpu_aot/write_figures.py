@@ -1,4 +1,4 @@
-"""Write the figures that the tpu-aot lane compares with: python tests/bench/tpu.py FILE [--chips v6e,7x,...].
+"""Write the figures with which the lane compares: python tests/lanes/tpu_aot/write_figures.py FILE [--chips v6e,...].
 
 `opreg bench ragged_paged_attention --tpu` shows them. Needs jax and libtpu, no TPU; a chip takes about half a minute.
 """

@@ -81,7 +81,7 @@ def call_jax(fn: Callable[..., Any], args: Sequence[Any] = (), kwargs: Mapping[s
                     out = run_quick(program, args)
                     if out is not None:
                         return out if type(out) is _Tensor else out[1].unflatten(out[0])
-                elif program.embedded:
+                if program.embedded:
                     recorded = record_plain(program, args, TENSORS)
                     if recorded is not None:
                         return recorded[1].unflatten(recorded[0])

@@ -142,7 +142,15 @@ for _op, _refusal in ((splash_attention, why_not_splash), (splash_attention_back
     _name = _op.name.partition("::")[2]
     _dense = _name.replace("splash", "dense")
     _op.register_kernel(None, f"opreg.kernels.reference.splash_attention:{_name}", priority=-100)
-    _op.register_kernel("cpu", f"opreg.kernels.cpu.splash_attention:{_name}")
+    # Plain torch; on a GPU for what Triton refuses, and where there is none.
+    _op.register_kernel(("cpu", "cuda", "xpu"), f"opreg.kernels.cpu.splash_attention:{_name}")
+    _op.register_kernel(
+        ("cuda", "xpu"),
+        f"opreg.kernels.triton.splash_attention:{_name}",
+        requires="triton",
+        why_not=f"opreg.kernels.triton.splash_attention:{_refusal.__name__.replace('_splash', '')}",
+        priority=5,
+    )
     _op.register_kernel(
         ("cpu", "xla", "tpu"),
         from_jax(f"opreg.kernels.pallas.splash_attention:{_name}"),

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .jax_bridge import jax_cache_clear as jax_cache_clear
     from .jax_bridge import jax_cache_info as jax_cache_info
     from .jax_bridge import jax_cache_limits as jax_cache_limits
+    from .jax_bridge import jax_decompositions as jax_decompositions
     from .jax_bridge import register_jax_op as register_jax_op
     from .op import register_op as register_op
     from .recompiles import RecompileError as RecompileError
@@ -56,6 +57,7 @@ _HOME = {
     "jax_cache_clear": "jax_bridge",
     "jax_cache_info": "jax_bridge",
     "jax_cache_limits": "jax_bridge",
+    "jax_decompositions": "jax_bridge",
     "register_jax_op": "jax_bridge",
     "register_op": "op",
     "RecompileError": "recompiles",

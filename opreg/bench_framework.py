@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import guard
 from .bench import Timing, interleave, per_call
+from .bench_alias import alias_guard
 from .bench_compile import cold_compiles, warm_forwards
 from .bench_rows import Row, rows
 from .bench_split import splits
@@ -254,6 +255,12 @@ def forward_contexts() -> Iterator[Row]:
         _Global.layers = None
 
 
+def _jax_calls() -> Iterator[Row]:
+    from .jax_bridge_bench import jax_calls  # it needs jax
+
+    return jax_calls()
+
+
 SECTIONS: dict[str, Callable[[], Iterator[Row]]] = {
     "eager": eager_calls,
     "compiled": compiled_calls,
@@ -262,4 +269,6 @@ SECTIONS: dict[str, Callable[[], Iterator[Row]]] = {
     "split": splits,
     "cold": cold_compiles,
     "warm": warm_forwards,
+    "alias": alias_guard,
+    "jax": _jax_calls,
 }

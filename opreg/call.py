@@ -121,6 +121,7 @@ class Calls:
         self.unchecked: dict[str, Callable[..., Any]] = {}
         self.on_meta: Callable[..., Any]  # the fake; given when the operator has been defined
         self._picks: tuple[Any, ...] = ()
+        self._slow: Callable[..., Any] | None = None
         given = [arg for arg in op.spec.args if arg.default is not REQUIRED]
         self._name = op.name.partition("::")[2]
         self._defaults = tuple([arg.default for arg in given if not arg.keyword_only])
@@ -174,7 +175,7 @@ class Calls:
         self._picks = tuple(pick for pick in (outside, inside) if pick is not None)
         self._complete()
         # _op is what OpOverload.__call__ calls: 0.2 us less. Dynamo must see the OpOverload itself.
-        self._names.update(_outside=outside, _inside=inside, _operator=self.op.overload._op)
+        self._names.update(_outside=outside, _inside=inside, _operator=self._slow or self.op.overload._op)
         for device_type, run in self.runners.items():
             self._set(device_type, run)
         tensors = "".join(f"{arg.name}, " for arg in guard.tensors(spec))
@@ -254,6 +255,10 @@ class Calls:
         if device_type == "cpu":
             self._names["_cpu_unchecked"] = run
         return run
+
+    def otherwise(self, fn: Callable[..., Any]) -> None:
+        """Make `fn` what users' calls come to where the kernel cannot be called directly, instead of the overload."""
+        self._slow = self._names["_operator"] = fn
 
     def reset(self) -> None:
         """Forget the runners: the next call chooses anew."""

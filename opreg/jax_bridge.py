@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad as _forward_ad
+from torch.autograd import profiler as _profiler
 
 from ._compat import constant_under_dynamo, identity_under_dynamo, trace_instead
-from .jax_bridge_arrays import JaxArgumentError, check_tensor, from_foreign, runtime
+from .jax_bridge_arrays import JaxArgumentError, check_tensor, runtime
 from .jax_bridge_cache import (
     JaxCacheInfo,
     JaxTraceLimitError,
@@ -23,12 +25,13 @@ from .jax_bridge_cache import (
     jax_cache_limits,
     state,
 )
-from .jax_bridge_executors import execute, plain_views, run_plain
-from .jax_bridge_export import EXPORTED, carry
+from .jax_bridge_cpu import run_quick
+from .jax_bridge_executors import execute
+from .jax_bridge_export import call_carried, jax_decompositions
 from .jax_bridge_keys import argument_names
 from .jax_bridge_op import OP, apply
 from .jax_bridge_ops import from_jax, register_jax_op
-from .jax_bridge_programs import by_name, find_function, find_program
+from .jax_bridge_programs import TENSORS, by_name, find_function, find_program
 from .jax_bridge_shapes import infer
 from .jax_bridge_xla import record_plain
 
@@ -41,10 +44,11 @@ __all__ = [
     "jax_cache_clear",
     "jax_cache_info",
     "jax_cache_limits",
+    "jax_decompositions",
     "register_jax_op",
 ]
 
-_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
+_Tensor = torch.Tensor
 _functions = state.functions
 _grad_enabled = torch.is_grad_enabled
 
@@ -68,25 +72,31 @@ def call_jax(fn: Callable[..., Any], args: Sequence[Any] = (), kwargs: Mapping[s
 
         opreg.call_jax(jax.nn.softmax, (torch.randn(4, 8),), {"axis": -1})
     """
-    if not kwargs and type(args) is tuple:
+    if type(args) is tuple and not kwargs:
         record = _functions.get(id(fn))
         if record is not None and record.fn_ref() is fn:
             program = record.flat.get(len(args))
             if program is not None and _eager():
+                if program.recipe is not None:
+                    out = run_quick(program, args)
+                    if out is not None:
+                        return out if type(out) is _Tensor else out[1].unflatten(out[0])
                 if program.embedded:
-                    recorded = record_plain(program, args, _TENSORS)
+                    recorded = record_plain(program, args, TENSORS)
                     if recorded is not None:
                         return recorded[1].unflatten(recorded[0])
-                elif program.jitted is not None:
-                    arrays = plain_views(args, _TENSORS)
-                    if arrays is not None:
-                        out = run_plain(program, arrays)
-                        return out if type(out) is torch.Tensor else out[1].unflatten(out[0])
     return _call(fn, args, kwargs)
 
 
 def _eager() -> bool:
-    return not (_len_torch_dispatch_stack() or _len_torch_function_stack()) and peek_interpreter_stack() is None
+    """Whether nothing looks on that would want to see the operator: modes, transforms, a profiler, forward-mode AD."""
+    return not (
+        _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or peek_interpreter_stack() is not None
+        or _profiler._is_profiler_enabled
+        or _forward_ad._current_level >= 0
+    )
 
 
 def _call(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Any:
@@ -94,11 +104,14 @@ def _call(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
     run = runtime()
     leaves, treedef = run.flatten((tuple(args), dict(kwargs)))
     function = find_function(fn)
-    program, operands = find_program(function, treedef, leaves)
-    tensors = [value if isinstance(value, torch.Tensor) else from_foreign(value, function.label) for value in operands]
+    program, tensors = find_program(function, treedef, leaves)
+    if program.recipe is not None and _eager():
+        out = run_quick(program, tensors)
+        if out is not None:
+            return out if type(out) is _Tensor else out[1].unflatten(out[0])
     needs_grad, plain = False, True
     for tensor in tensors:
-        plain = plain and type(tensor) in _TENSORS
+        plain = plain and type(tensor) in TENSORS
         needs_grad = needs_grad or tensor.requires_grad
         if tensor.device != tensors[0].device or tensor.layout is not torch.strided or tensor.is_nested:
             raise _bad_tensors(function.label, treedef, leaves)
@@ -110,11 +123,11 @@ def _call(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
     if not _eager():
         function.pin()  # a graph that is being made names the program and may run at any time
     tensors = tensors or [torch.empty(0)]  # an operator without a tensor has no device
-    tree = infer(program, tensors)[0].tree
-    if peek_interpreter_stack() is not None:
-        return tree.unflatten(apply(program.name, tensors))
     if torch.compiler.is_exporting():
-        return tree.unflatten(EXPORTED(tensors, *carry(program, tensors)))
+        return call_carried(program, tensors)
+    tree = infer(program, tensors)[0].tree
+    if peek_interpreter_stack() is not None or _forward_ad._current_level >= 0:
+        return tree.unflatten(apply(program.name, tensors))
     return tree.unflatten(OP(tensors, program.name))
 
 

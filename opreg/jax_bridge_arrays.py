@@ -59,18 +59,21 @@ PLAIN = frozenset((torch.float32, torch.float16, torch.bool, torch.int8, torch.i
 
 @dataclass(frozen=True, eq=False)
 class Runtime:
-    """What the bridge uses of jax, looked up once. `cpu_default` is false where jax would run on another device."""
+    """What the bridge uses of jax, looked up once.
+
+    leaf: the pytree of one array. cpu_default: false where jax would run on another device.
+    """
 
     jax: Any
     export: Any
     numpy: Any
     array_type: type
+    leaf: Any
     flatten: Callable[[Any], tuple[list[Any], Any]]
     enable_x64: Callable[[bool], AbstractContextManager[Any]]
     to_numpy_dtype: dict[torch.dtype, Any]
     to_torch_dtype: dict[Any, torch.dtype]
     inconclusive: type[Exception]
-    plain_dtypes: frozenset[Any]
     dlpack_dtypes: frozenset[Any]
     cpu: Any
     cpu_default: bool
@@ -101,6 +104,7 @@ def runtime() -> Runtime:
         export=jax.export,
         numpy=numpy,
         array_type=type(jax.device_put(numpy.zeros(1, numpy.int8), cpu)),
+        leaf=jax.tree_util.tree_structure(0),
         flatten=jax.tree_util.tree_flatten,
         enable_x64=enable_x64,
         to_numpy_dtype=to_numpy,
@@ -108,7 +112,6 @@ def runtime() -> Runtime:
         # jax.core before jax 0.8.
         inconclusive=getattr(jax.errors, "InconclusiveDimensionOperation", None)
         or importlib.import_module("jax.core").InconclusiveDimensionOperation,
-        plain_dtypes=frozenset(to_numpy[dtype] for dtype in PLAIN),
         # 8-bit floats are not DLPack types on every version of the two sides.
         dlpack_dtypes=frozenset(to_numpy[dtype] for dtype in (*_DIRECT, torch.bfloat16)),
         cpu=cpu,

@@ -7,20 +7,24 @@ in base 85. It runs where the Python function does not exist; `import opreg.jax_
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import library
+from . import fake, library
 from .errors import KernelError
 from .jax_bridge_arrays import runtime
 from .jax_bridge_cache import state
 from .jax_bridge_executors import execute
 from .jax_bridge_op import OP, gradients
-from .jax_bridge_programs import Program, find_function
+from .jax_bridge_programs import Program, by_name, find_function
 from .jax_bridge_shapes import evaluate, infer, symbolic_inputs, x64
+
+if TYPE_CHECKING:
+    from .op import Op, OpFunction
 
 NAME = "opreg::jax_exported"
 PLATFORMS = {"cpu": "cpu", "cuda": "cuda", "xla": "tpu", "tpu": "tpu"}
@@ -42,6 +46,58 @@ def carry(program: Program, tensors: Sequence[torch.Tensor]) -> tuple[str, str]:
         except ImportError as missing:
             raise _no_serializer(missing) from missing
     return f"{program.function.label}@{_digest(data)}", base64.b85encode(data).decode()
+
+
+def call_carried(program: Program, tensors: Sequence[torch.Tensor]) -> Any:
+    """The program's results, by the operator that carries it."""
+    tree = infer(program, tensors)[0].tree
+    return tree.unflatten(EXPORTED(tensors, *carry(program, tensors)))
+
+
+_named: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
+"""The functional operators made from JAX functions, and what takes their place in a graph that leaves the process."""
+
+
+def let_carry(op: Op[..., Any], kernel: Any) -> None:
+    """Make calls of an op made from a JAX function carry it where torch.export traces them."""
+    carried, overload = functools.partial(_carried, op, kernel), op.overload
+    if not op.spec.mutates:  # a call that writes is wrapped up by torch before decompositions see it
+        _named[overload] = carried
+    op.calls.otherwise(lambda *a, **k: (carried if torch.compiler.is_exporting() else overload)(*a, **k))
+
+
+def _carried(op: Op[..., Any], kernel: Any, *args: Any, **kwargs: Any) -> Any:
+    values = op.gather(lambda everything: everything)(*args, **kwargs)
+    fake.bind(op.spec, values)  # the contract, which the operator's own fake would have checked
+    return op.call_with(kernel.carried, values)
+
+
+def jax_decompositions(*ops: OpFunction[..., Any]) -> dict[torch._ops.OpOverload, Callable[..., Any]]:
+    """A table for ExportedProgram.run_decompositions, after which a program carries its JAX functions.
+
+    torch.export with strict=False needs none: functions of call_jax and register_jax_op that the model calls carry
+    themselves. With strict=True, or where the model calls torch.ops.ns.name, the program names what exists in this
+    process only, until this table replaces it. An op that writes arguments carries itself with strict=False only.
+
+    ops: further ops whose kernel by from_jax is to be carried in their place; without it the program needs the package
+        that registers them, as it needs any other operator's.
+
+    Raises KernelError for an op without such a kernel.
+
+        program = torch.export.export(model, args, strict=True).run_decompositions(opreg.jax_decompositions())
+    """
+    table = {OP: _carried_program, **_named}
+    for op in (function.op for function in ops):
+        kernel = next((k.target for k in op.kernels if hasattr(k.target, "carried")), None)
+        if kernel is None:
+            raise KernelError(f"jax_decompositions: {op.name} has no kernel made by from_jax, so nothing to carry")
+        table[op.overload] = functools.partial(_carried, op, kernel)
+    return table
+
+
+def _carried_program(tensors: Sequence[torch.Tensor], program: str) -> list[torch.Tensor]:
+    results: list[torch.Tensor] = EXPORTED(tensors, *carry(by_name(program), tensors))
+    return results
 
 
 def _no_serializer(missing: ImportError) -> KernelError:

@@ -17,6 +17,9 @@ from .jax_bridge_arrays import JaxArgumentError, runtime
 OPERAND = "<operand>"
 """Stands in a template and in a key for a leaf that is an array at run time."""
 
+EXACT = frozenset((int, bool, str, bytes, type(None)))
+"""Types whose equal values are one value: (type, value) tells them apart."""
+
 
 def leaf_key(leaf: Any, label: str, treedef: Any, index: int) -> tuple[Any, Any]:
     """(part of the cache key, operand or None) for an argument that is no tensor."""
@@ -41,7 +44,7 @@ def leaf_key(leaf: Any, label: str, treedef: Any, index: int) -> tuple[Any, Any]
 def static_key(value: Any) -> Any:
     """A hashable key that tells 1 from 1.0 from True, 0.0 from -0.0, and finds nan again; None for what has none."""
     kind = type(value)
-    if value is None or kind in (bool, int, str, bytes):
+    if kind in EXACT or (kind is float and value and value == value):
         return (kind, value)
     if kind in (float, complex):
         return (kind, repr(value))

@@ -13,6 +13,7 @@ import torch
 
 from . import library, lowering
 from .jax_bridge_arrays import runtime
+from .jax_bridge_cpu import run_quick
 from .jax_bridge_executors import execute
 from .jax_bridge_programs import Program, by_name
 from .jax_bridge_shapes import evaluate, infer
@@ -22,7 +23,12 @@ NAME = "opreg::jax_call"
 
 def run(tensors: Sequence[torch.Tensor], program: str) -> list[torch.Tensor]:
     """What the dispatcher and compiled graphs call."""
-    return execute(by_name(program), tensors)[0]
+    entry = by_name(program)
+    if entry.recipe is not None:
+        found = run_quick(entry, tensors)
+        if found is not None:
+            return [found] if type(found) is torch.Tensor else found[0]
+    return execute(entry, tensors)[0]
 
 
 def _fake(tensors: Sequence[torch.Tensor], program: str) -> list[torch.Tensor]:
@@ -81,12 +87,21 @@ class Transformed(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
         name, *tensors = inputs
         _setup(ctx, (tensors, name), output)
+        ctx.save_for_forward(*tensors)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(out for out in output if not (out.is_floating_point() or out.is_complex())))
+        ctx.smooth = [out.is_floating_point() or out.is_complex() for out in output]
+        ctx.mark_non_differentiable(*(out for out, smooth in zip(output, ctx.smooth, strict=True) if not smooth))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         return None, *gradients(ctx, ctx.needs_input_grad[1:], grads, lambda ts, name: apply(name, ts))
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        given = tuple(index for index, tangent in enumerate(tangents) if tangent is not None)
+        program = jvp(ctx.program, len(tangents), given)
+        found = iter(apply(program.name, [*ctx.saved_tensors, *(t for t in tangents if t is not None)]))
+        return tuple(next(found) if smooth else None for smooth in ctx.smooth)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], name: str, *tensors: torch.Tensor) -> tuple[Any, Any]:
@@ -128,6 +143,26 @@ def vjp(program: Program, arity: int, wanted: tuple[int, ...], given: tuple[int,
         return [jnp.conj(grad) for grad in pull(seeds)]
 
     return program.derive(("vjp", arity, wanted, given), body)
+
+
+def jvp(program: Program, arity: int, given: tuple[int, ...]) -> Program:
+    """The program (primals, tangents of the primals `given`) -> tangents of the results that have any."""
+
+    def body(*arrays: Any) -> list[Any]:
+        run = runtime()
+        primals = list(arrays[:arity])
+
+        def restricted(*chosen: Any) -> list[Any]:
+            full = list(primals)
+            for index, value in zip(given, chosen, strict=True):
+                full[index] = value
+            return program.leaves(*full)
+
+        results, tangents = run.jax.jvp(restricted, [primals[i] for i in given], list(arrays[arity:]))
+        inexact = run.jax.numpy.inexact
+        return [t for r, t in zip(results, tangents, strict=True) if run.jax.dtypes.issubdtype(r.dtype, inexact)]
+
+    return program.derive(("jvp", arity, given), body)
 
 
 def _vmap(

@@ -14,8 +14,9 @@ from typing import Annotated, Any, Union
 import torch
 
 from .errors import DuplicateOpError, KernelError, SignatureError
-from .jax_bridge_arrays import from_foreign, runtime
+from .jax_bridge_arrays import runtime
 from .jax_bridge_executors import execute
+from .jax_bridge_export import call_carried, let_carry
 from .jax_bridge_op import OP, gradients, vmap
 from .jax_bridge_programs import Program, find_function, find_program
 from .jax_bridge_shapes import evaluate, infer
@@ -78,8 +79,7 @@ class JaxKernel:
         """The program, the tensors and the pytree of arguments."""
         leaves, treedef = runtime().flatten((tuple(args), dict(kwargs)))
         function = find_function(self.fn)
-        program, operands = find_program(function, treedef, leaves)
-        tensors = [x if isinstance(x, torch.Tensor) else from_foreign(x, function.label) for x in operands]
+        program, tensors = find_program(function, treedef, leaves)
         return program, tensors, treedef
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -87,11 +87,20 @@ class JaxKernel:
         if not self.mutates_args:
             results, tree = execute(program, tensors)
             return tree.unflatten(results)
-        bound = self._binding.bind(*args, **kwargs)
-        old = [bound.arguments[name] for name in self.mutates_args]
+        old = self._written(args, kwargs)
         written = tuple(i for i, tensor in enumerate(tensors) if any(tensor is argument for argument in old))
         results, tree = execute(program, tensors, written)
         return self._write_back(old, tree.unflatten(results))
+
+    def carried(self, *args: Any, **kwargs: Any) -> Any:
+        """The same call for a graph that leaves the process: the operator in it carries the function."""
+        program, tensors, _ = self.program(args, kwargs)
+        results = call_carried(program, tensors)
+        return self._write_back(self._written(args, kwargs), results) if self.mutates_args else results
+
+    def _written(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+        bound = self._binding.bind(*args, **kwargs)
+        return [bound.arguments[name] for name in self.mutates_args]
 
     def _write_back(self, arguments: list[torch.Tensor], results: Any) -> Any:
         """Copy the new values of written arguments, which the function returns first, into the arguments."""
@@ -175,6 +184,7 @@ def _register(
         )
     kernel = JaxKernel(fn, mutates_args)
     op.register_kernel(DEVICES, kernel, requires="jax")
+    let_carry(op, kernel)
     if mutates_args:
         op.register_fake(op.gather(lambda args: op.call_with(functools.partial(_fake_results, kernel), args)))
         return function

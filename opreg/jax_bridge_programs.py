@@ -17,9 +17,13 @@ from typing import Any
 import torch
 
 from .errors import KernelError
-from .jax_bridge_arrays import JaxArgumentError, runtime
+from .jax_bridge_arrays import JaxArgumentError, from_foreign, runtime
 from .jax_bridge_cache import note_trace, state
-from .jax_bridge_keys import OPERAND, leaf_key
+from .jax_bridge_keys import EXACT, OPERAND, leaf_key
+
+TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
+"""Types behind which nothing hides."""
+_SYMBOLS = frozenset((torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
 class Function:
@@ -112,6 +116,8 @@ class Program:
         self.seen: list[tuple[str, ...]] = []
         self.jitted: Any = None
         self.latest_tree: Any = None
+        self.recipe: Any = None
+        self.recipes: dict[Any, Any] = {}
         self.embedded: dict[Any, Any] = {}
         self.calls = self.entries = self.stamp = self.calls_at_stamp = 0
         with state.lock:
@@ -166,6 +172,8 @@ class Program:
         self.jitted = None
         self.__dict__.pop("counted", None)  # jax.jit shares traces between jits of one function
         self.signatures.clear()
+        self.recipe = None
+        self.recipes.clear()
         self.embedded.clear()
 
 
@@ -175,28 +183,31 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def find_program(function: Function, treedef: Any, leaves: list[Any]) -> tuple[Program, list[Any]]:
-    """The program for arguments flattened to `leaves`, and those of them that are operands."""
+def find_program(function: Function, treedef: Any, leaves: list[Any]) -> tuple[Program, list[torch.Tensor]]:
+    """The program for arguments flattened to `leaves`, and those of them that are operands, as tensors."""
     key: list[Any] = [treedef]
-    operands = []
+    tensors = []
     for index, leaf in enumerate(leaves):
-        if isinstance(leaf, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-            leaf = leaves[index] = leaf.node.pytype(leaf)  # static values are numbers; torch guards on it
-        if isinstance(leaf, torch.Tensor):
+        kind = type(leaf)
+        if kind in TENSORS or isinstance(leaf, torch.Tensor):
             key.append(OPERAND)
-            operands.append(leaf)
-        elif type(leaf) is int or type(leaf) is str or type(leaf) is bool:
-            key.append((type(leaf), leaf))
-        else:
-            part, operand = leaf_key(leaf, function.label, treedef, index)
-            key.append(part)
-            if operand is not None:
-                operands.append(operand)
+            tensors.append(leaf)
+            continue
+        if kind in _SYMBOLS:
+            leaf = leaves[index] = leaf.node.pytype(leaf)  # static values are numbers; torch guards on it
+            kind = type(leaf)
+        if kind in EXACT or (kind is float and leaf and leaf == leaf):  # zeros have signs, and nan is not itself
+            key.append((kind, leaf))
+            continue
+        part, operand = leaf_key(leaf, function.label, treedef, index)
+        key.append(part)
+        if operand is not None:
+            tensors.append(from_foreign(operand, function.label))
     found = tuple(key)
     program = function.programs.get(found)
     if program is None:
         program = _new_program(function, found, leaves)
-    return program, operands
+    return program, tensors
 
 
 def _new_program(function: Function, key: tuple[Any, ...], leaves: list[Any]) -> Program:
@@ -233,6 +244,7 @@ def by_name(name: str) -> Program:
     if program is None:
         raise KernelError(
             f"opreg::jax_call: there is no JAX program '{name}' in this process. A graph that leaves the process must "
-            "carry its programs: save it with torch.export.export(..., strict=False), which does"
+            "carry its programs: torch.export.export(..., strict=False) sees to it, and after strict=True "
+            "program.run_decompositions(opreg.jax_decompositions()) does"
         )
     return program

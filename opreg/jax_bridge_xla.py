@@ -22,8 +22,6 @@ _PLATFORMS = {"CPU": "cpu", "TPU": "tpu", "CUDA": "cuda", "GPU": "cuda"}
 # Handlers that jaxlib registers in its own CPU client; torch_xla's client has none of them.
 _JAX_ONLY = re.compile(r'custom_call_target="((?:lapack|xla_ffi|xla_python|blas|hipsolver|cusolver|cu_)[^"]*)"')
 _SHARD_GROUP = re.compile(r"shard_as \d+|shard_like \d+|sharding_group_id")
-_GROUPS = 256
-"""Calls in one graph whose shard groups are kept apart, for each program and shape."""
 
 
 class Embedded(NamedTuple):
@@ -65,7 +63,7 @@ def _with_its_own_group(program: Program, key: Any, tensors: Sequence[torch.Tens
         turns = {}
         program.embedded["turns"] = step, turns
     turn = turns[key] = turns.get(key, -1) + 1
-    place = key if turn % _GROUPS == 0 else (key, turn % _GROUPS)
+    place = (key, turn) if turn else key
     found: Embedded | None = program.embedded.get(place)
     if found is None:
         # A function of its own: jax keeps what it lowered, group numbers included, by function.

@@ -1,5 +1,6 @@
 """opreg::grouped_matmul: consecutive groups of rows, each times its own matrix (the experts of a mixture)."""
 
+import sys
 from collections.abc import Iterator
 from typing import Annotated, Any
 
@@ -38,15 +39,26 @@ def why_not_megablox(lhs: Tensor, rhs: Tensor, group_sizes: Tensor) -> str | Non
         return "there are no groups"
     sizes = {"m": lhs.shape[0], "k": lhs.shape[1], "n": rhs.shape[2]}
     odd = [f"{name} is {size}" for name, size in sizes.items() if size % 128 or not size]
-    return f"wants multiples of 128, but {', '.join(odd)}" if odd else None
+    if odd:
+        return f"wants multiples of 128, but {', '.join(odd)}"
+    runtime = sys.modules.get("torch_xla.runtime") if lhs.device.type == "xla" else None
+    if runtime is not None and runtime.device_type() != "TPU":
+        return f"wants a TPU, but torch_xla runs on {runtime.device_type()}"
+    return None
 
 
 grouped_matmul.register_kernel("cpu", "opreg.kernels.cpu.grouped_matmul:grouped_matmul")
 grouped_matmul.register_kernel(
-    ("cpu", "xla"), from_jax("opreg.kernels.pallas.grouped_matmul:ragged_dot"), requires="jax", priority=-10
+    ("cuda", "xpu"),
+    "opreg.kernels.triton.grouped_matmul:grouped_matmul",
+    requires="triton",
+    why_not="opreg.kernels.triton.grouped_matmul:why_not",
 )
 grouped_matmul.register_kernel(
-    "cpu",
+    ("cpu", "xla", "tpu"), from_jax("opreg.kernels.pallas.grouped_matmul:ragged_dot"), requires="jax", priority=-10
+)
+grouped_matmul.register_kernel(
+    ("cpu", "xla", "tpu"),
     from_jax("opreg.kernels.pallas.grouped_matmul:megablox"),
     requires="jax",
     why_not=why_not_megablox,
@@ -70,6 +82,24 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
 
 
 grouped_matmul.register_autograd(_backward, setup_context=_setup_context)
+
+
+@grouped_matmul.register_vmap
+def _vmap(
+    info: Any, in_dims: tuple[int | None, ...], lhs: Tensor, rhs: Tensor, group_sizes: Tensor
+) -> tuple[Tensor, int]:
+    """One call: the samples' groups one after the other, rows past a sample's last group as a group with zeros."""
+    lhs, rhs, group_sizes = (
+        value.expand(info.batch_size, *value.shape) if dim is None else value.movedim(dim, 0)
+        for value, dim in zip((lhs, rhs, group_sizes), in_dims, strict=True)
+    )
+    rest = lhs.shape[1] - group_sizes.sum(1, keepdim=True)
+    sizes = torch.cat([group_sizes, rest.to(group_sizes.dtype)], 1)
+    matrices = torch.cat([rhs, rhs.new_zeros(rhs.shape[0], 1, *rhs.shape[2:])], 1)
+    out = grouped_matmul(lhs.flatten(0, 1), matrices.flatten(0, 1), sizes.flatten())
+    return out.unflatten(0, lhs.shape[:2]), 0
+
+
 for _dtype, _rms in ((torch.float32, 2e-6), (torch.bfloat16, 4e-3), (torch.float16, 5e-4)):
     grouped_matmul.tolerance(_dtype, _rms, "the order of the sum over k is free; one rounding to the dtype")
 

@@ -29,7 +29,13 @@ def segment_sum(
 
 segment_sum.register_kernel("cpu", "opreg.kernels.cpu.segment_sum:segment_sum")
 segment_sum.register_kernel(
-    ("cpu", "xla"), from_jax("opreg.kernels.pallas.segment_sum:segment_sum"), requires="jax", priority=-10
+    ("cuda", "xpu"),
+    "opreg.kernels.triton.segment_sum:segment_sum",
+    requires="triton",
+    why_not="opreg.kernels.triton.segment_sum:why_not",
+)
+segment_sum.register_kernel(
+    ("cpu", "xla", "tpu"), from_jax("opreg.kernels.pallas.segment_sum:segment_sum"), requires="jax", priority=-10
 )
 
 
@@ -47,6 +53,24 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 
 
 segment_sum.register_autograd(_backward, setup_context=_setup_context)
+
+
+@segment_sum.register_vmap
+def _vmap(
+    info: Any, in_dims: tuple[int | None, ...], data: Tensor, segment_ids: Tensor, num_segments: int
+) -> tuple[Tensor, int]:
+    if in_dims[1] is None:
+        return segment_sum(data.movedim(in_dims[0] or 0, 1), segment_ids, num_segments), 1
+    # Each sample has segments of its own, numbered one after the other; what a sample leaves out stays left out.
+    count = info.batch_size
+    rows = data.expand(count, *data.shape) if in_dims[0] is None else data.movedim(in_dims[0], 0)
+    ids = segment_ids.movedim(in_dims[1], 0)
+    first = torch.arange(count, device=ids.device)[:, None] * num_segments
+    ids = torch.where((ids >= 0) & (ids < num_segments), ids + first, -1)
+    out = segment_sum(rows.flatten(0, 1), ids.flatten(), count * num_segments)
+    return out.view(count, num_segments, *out.shape[1:]), 0
+
+
 for _dtype, _rms in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3), (torch.float16, 5e-4)):
     segment_sum.tolerance(_dtype, _rms, "the order of the sum is free; one rounding to the dtype")
 

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from opreg import from_jax, like, register_op
 
+from .splash_attention_gradients import gradients
+
 
 @register_op("opreg::splash_attention")
 def splash_attention(
@@ -140,7 +142,15 @@ for _op, _refusal in ((splash_attention, why_not_splash), (splash_attention_back
     _name = _op.name.partition("::")[2]
     _dense = _name.replace("splash", "dense")
     _op.register_kernel(None, f"opreg.kernels.reference.splash_attention:{_name}", priority=-100)
-    _op.register_kernel("cpu", f"opreg.kernels.cpu.splash_attention:{_name}")
+    # Plain torch; on a GPU for what Triton refuses, and where there is none.
+    _op.register_kernel(("cpu", "cuda", "xpu"), f"opreg.kernels.cpu.splash_attention:{_name}")
+    _op.register_kernel(
+        ("cuda", "xpu"),
+        f"opreg.kernels.triton.splash_attention:{_name}",
+        requires="triton",
+        why_not=f"opreg.kernels.triton.splash_attention:{_refusal.__name__.replace('_splash', '')}",
+        priority=5,
+    )
     _op.register_kernel(
         ("cpu", "xla", "tpu"),
         from_jax(f"opreg.kernels.pallas.splash_attention:{_name}"),
@@ -170,6 +180,60 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | No
 
 
 splash_attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:9])
+    ctx.options = inputs[9:]
+
+
+def _backward_second(ctx: Any, *seconds: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of the gradients, by autograd through their formula with all scores in memory.
+
+    out and lse are arguments of that formula as the others are: what flows to them goes on through the forward op.
+    """
+    tensors = ctx.saved_tensors
+    wanted = [i for i, needed in enumerate(ctx.needs_input_grad[:7]) if needed]
+    with torch.enable_grad():
+        # Views: out depends on q, and without them its part would be counted here and by the forward op once more.
+        # They keep the history, so that a third derivative finds its way.
+        given = [x.view_as(x) if i in wanted else x.detach() for i, x in enumerate(tensors[:7])]
+        grads = gradients(*given, *tensors[7:], *ctx.options)
+        pairs = [(grad, second) for grad, second in zip(grads, seconds, strict=True) if grad.requires_grad]
+        outputs, weights = zip(*pairs, strict=True)
+        found = torch.autograd.grad(
+            outputs, [given[i] for i in wanted], weights, create_graph=torch.is_grad_enabled(), allow_unused=True
+        )
+    result: list[Tensor | None] = [None] * 13
+    for index, grad in zip(wanted, found, strict=True):
+        result[index] = grad
+    return tuple(result)
+
+
+splash_attention_backward.register_autograd(_backward_second, setup_context=_setup_second)
+
+
+def _fold(info: Any, dims: tuple[int | None, ...], args: tuple[Any, ...]) -> list[Any]:
+    """Arguments with the mapped dimension folded into the batch, as every tensor has one in front."""
+    folded = []
+    for value, dim in zip(args, dims, strict=True):
+        if isinstance(value, Tensor):
+            many = value.expand(info.batch_size, *value.shape) if dim is None else value.movedim(dim, 0)
+            value = many.flatten(0, 1)
+        folded.append(value)
+    return folded
+
+
+@splash_attention.register_vmap
+def _vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    found = splash_attention(*_fold(info, in_dims, args))
+    return tuple(x.unflatten(0, (info.batch_size, -1)) for x in found), (0, 0)
+
+
+@splash_attention_backward.register_vmap
+def _vmap_backward(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], Any]:
+    found = splash_attention_backward(*_fold(info, in_dims, args))
+    return tuple(x.unflatten(0, (info.batch_size, -1)) for x in found), (0, 0, 0)
 
 
 @splash_attention.register_inputs

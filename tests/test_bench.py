@@ -3,6 +3,7 @@
 import importlib
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -204,6 +205,26 @@ def report(chips):
         return "libtpu is not installed"
     return ({"chip": chip, "bound_of": "copies", "bundles": 12345, "ratio": 1.5} for chip in chips or ("v6e", "7x"))
 """
+
+
+def test_jax_calls_are_timed_beside_jit_and_other_bridges(monkeypatch):
+    """Few calls of everything: that each way gives what it should, not how fast it is."""
+    bench = pytest.importorskip("opreg.jax_bridge_bench")
+    pytest.importorskip("jax")
+    seen = {}
+
+    def once(calls, **options):
+        for name, (expression, names) in calls.items():
+            seen[name] = eval(expression, dict(names))
+        return {name: bench.Timing(1.0, 1.0, 1.0) for name in calls}
+
+    monkeypatch.setattr(bench, "per_call", once)
+    rows = list(bench._small())
+    assert [row.what for row in rows][:2] == ["jax.jit", "call_jax"]
+    a = torch.asarray(np.asarray(seen["jax.jit"]).copy())
+    torch.testing.assert_close(seen["call_jax"], a)
+    torch.testing.assert_close(seen["DLPack round trip"], a)
+    assert {row.baseline for row in rows} == {"jax.jit"}
 
 
 def test_figures_of_the_tpu_compiler(capsys, doubled):

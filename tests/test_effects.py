@@ -188,8 +188,8 @@ def test_a_removed_clone_does_not_merge_what_is_read_and_written() -> None:
 
 
 def test_the_guard_copies_only_where_memory_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it costs when the graph runs: nothing, unless two arguments are one tensor. tests/bench/alias.py has the
-    cost of compiling."""
+    """What it costs when the graph runs: nothing, unless two arguments are one tensor. `opreg bench
+    --framework alias` has the cost of compiling."""
 
     def apart(x: Tensor) -> Tensor:
         x = x.sort(0)[0]

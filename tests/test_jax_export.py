@@ -95,3 +95,87 @@ else:
     raise SystemExit("no error")
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+NAMED = """
+import sys
+import torch
+import jax, jax.numpy as jnp
+import opreg
+
+@opreg.register_jax_op("opregjaxaway::scale")
+def scale(x: jax.Array, w: jax.Array, factor: float = 2.0, *, shift: float = 0.0) -> jax.Array:
+    return jnp.tanh(x @ w) * factor + shift
+
+@opreg.register_jax_op("opregjaxaway::split")
+def split(parts: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    return sum(parts), parts[0].argmax(0)
+
+@opreg.register_jax_op("opregjaxaway::push", mutates_args="cache")
+def push(cache: jax.Array, new: jax.Array) -> jax.Array:
+    return jnp.roll(cache, 1, 0).at[0].set(new), new.sum()
+
+@opreg.register_op("opregjaxaway::cube")
+def cube(x: torch.Tensor) -> torch.Tensor:
+    return x**3
+
+cube.register_fake(lambda x: torch.empty_like(x))
+cube.register_kernel("cpu", opreg.from_jax(lambda x: x * x * x), requires="jax", priority=1)
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.arange(12.0).reshape(3, 4) / 10)
+        self.register_buffer("cache", torch.zeros(2, 4))
+
+    def forward(self, x):
+        by_name = torch.ops.opregjaxaway.scale if WAY == "ops" else scale
+        y = by_name(x, self.weight, 3.0, shift=1.0)
+        total, where = split([y, y + 1])
+        size = push(self.cache, y[0]) if WAY == "plain" else total.sum()
+        return cube(total), where, size, self.cache + y[0]
+
+FOLDER, WAY = sys.argv[1:]
+x = torch.randn(5, 3)
+rows = torch.export.Dim("rows", min=2, max=1000)
+program = torch.export.export(Model(), (x,), dynamic_shapes={"x": {0: rows}}, strict=WAY == "strict")
+if WAY != "plain":
+    program = program.run_decompositions(opreg.jax_decompositions())
+program = program.run_decompositions(opreg.jax_decompositions(cube)) if WAY == "ops" else program
+names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+assert "opreg.jax_exported.default" in names, names
+left = {name for name in names if "opregjaxaway" in name or "jax_call" in name}
+assert left == (set() if WAY == "ops" else {"opregjaxaway.cube.default"}), left
+torch.export.save(program, f"{FOLDER}/program.pt2")
+x = torch.randn(7, 3)
+torch.save((x, Model()(x)), f"{FOLDER}/data.pt")
+"""
+
+AWAY = """
+import sys
+import torch
+import opreg.jax_bridge
+
+FOLDER, WAY = sys.argv[1:]
+if WAY != "ops":  # an operator of register_op needs its registration, as any operator does
+    @opreg.register_op("opregjaxaway::cube")
+    def cube(x: torch.Tensor) -> torch.Tensor:
+        return x**3
+    cube.register_fake(lambda x: torch.empty_like(x))
+module = torch.export.load(f"{FOLDER}/program.pt2").module()
+x, expected = torch.load(f"{FOLDER}/data.pt")
+for got, want in zip(module(x), expected, strict=True):
+    torch.testing.assert_close(got, want)
+assert not hasattr(torch.ops.opregjaxaway, "scale")
+if WAY == "plain":
+    assert module.cache.abs().sum() > 0  # written by the JAX function
+"""
+
+
+@pytest.mark.parametrize("way", ["plain", *(pytest.param(way, marks=pytest.mark.slow) for way in ("strict", "ops"))])
+def test_named_ops_run_where_their_functions_do_not_exist(tmp_path, way):
+    for code in (NAMED, AWAY):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path), way], cwd=tmp_path, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-3000:]

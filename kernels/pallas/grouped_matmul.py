@@ -1,5 +1,7 @@
 """Matrix products of consecutive groups of rows with one matrix each: jax.lax.ragged_dot, and megablox for TPU."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox import gmm
@@ -19,10 +21,14 @@ def ragged_dot(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Ar
 
 
 def megablox(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """The same by jax's Pallas kernel; interpreted where there is no TPU. m, k and n are multiples of 128."""
-    interpret = jax.default_backend() != "tpu"
+    """The same by jax's Pallas kernel; interpreted where it is not lowered for TPU. m, k and n are multiples of 128."""
     sizes = group_sizes.astype(jnp.int32)
     # The kernel leaves rows past the last group unwritten, and wants every row to belong to a group.
     sizes = sizes.at[-1].add(lhs.shape[0] - sizes.sum())
-    out = gmm(lhs, rhs, sizes, jnp.float32, (TILE, TILE, TILE), interpret=interpret)
+
+    def run(interpret: bool, *arrays: jax.Array) -> jax.Array:
+        out: jax.Array = gmm(*arrays, jnp.float32, (TILE, TILE, TILE), interpret=interpret)
+        return out
+
+    out: jax.Array = jax.lax.platform_dependent(lhs, rhs, sizes, tpu=partial(run, False), default=partial(run, True))
     return _clear_tail(out, group_sizes).astype(lhs.dtype)

@@ -26,12 +26,20 @@ if TYPE_CHECKING:
     from opreg.op import Op
 
 _SECTIONS = ("eager", "compiled", "registration", "context", "split", "cold", "warm")
+_ASKED_FOR = ("alias", "jax")
+"""Sections that run when they are named: they take long, or need more than torch."""
 
 
 def add(commands: Any) -> None:
     parser = commands.add_parser("bench", parents=[start.options()], help="time kernels, or opreg itself")
     parser.add_argument("op", metavar="OP", nargs="?", help="its name; left out with --framework")
-    parser.add_argument("--framework", nargs="*", choices=_SECTIONS, metavar="SECTION", help="what opreg itself costs")
+    parser.add_argument(
+        "--framework",
+        nargs="*",
+        choices=(*_SECTIONS, *_ASKED_FOR),
+        metavar="SECTION",
+        help=f"what opreg itself costs: {', '.join(_SECTIONS)}; if named, {' and '.join(_ASKED_FOR)} too",
+    )
     parser.add_argument(
         "--case", action="append", metavar="PATTERN", help="only these of the op's workloads, e.g. 'T=*'"
     )

@@ -191,3 +191,31 @@ def test_lowered_for_tpu_it_is_the_pallas_kernel(back):
         kind: traced.lower(lowering_platforms=(kind,)).as_text().count("tpu_custom_call") for kind in ("tpu", "cpu")
     }
     assert found == {"tpu": 1, "cpu": 0}
+
+
+@pytest.mark.parametrize("soft_cap", [None, 0.9])
+def test_second_derivatives(soft_cap):
+    tensors = [x.double().requires_grad_() for x in heads(1, 2, 1, 3, 4, 2)]
+    ids = [torch.tensor([[0, 0, 1]]), torch.tensor([[0, 0, 1, 1]])]
+    run = lambda *x: attention(*x, *ids, causal=True, window=3, soft_cap=soft_cap, scale=0.7)  # noqa: E731
+    assert torch.autograd.gradgradcheck(run, tensors)
+
+
+def test_second_derivatives_are_those_of_autograd():
+    q, k, v = (x.double() for x in heads(1, 2, 1, 3, 3, 2))
+    mix = lambda out, lse: out.sin().sum() + lse.cos().sum()  # noqa: E731
+    ours = torch.autograd.functional.hessian(lambda q: mix(*attention(q, k, v, causal=True, soft_cap=0.9)), q)
+    want = torch.autograd.functional.hessian(lambda q: mix(*plain(q, k, v, 0.9)), q)
+    torch.testing.assert_close(ours, want)
+
+
+def test_vmap_of_the_op_and_of_its_gradients():
+    q, k, v = (x.double() for x in heads(6, 2, 1, 4, 4, 2))
+    ids = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]])
+    batched = [x.view(3, 2, *x.shape[1:]) for x in (q, k)]
+    run = lambda q, k: attention(q, k, v[:2], ids, ids, causal=True)  # noqa: E731
+    back = lambda q, k: backward(q, q[..., 0], q, k, v[:2], q * 2, q[..., 1], ids, ids, causal=True)  # noqa: E731
+    for fn in (run, back):
+        got = torch.vmap(fn)(*batched)
+        want = [torch.stack(rows) for rows in zip(*(fn(q, k) for q, k in zip(*batched, strict=True)), strict=True)]
+        torch.testing.assert_close(list(got), want)

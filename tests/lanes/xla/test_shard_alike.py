@@ -34,10 +34,13 @@ for step in range(3):
     torch_xla.sync()
     found.append([sharding(tensor) for result in results for tensor in result])
     graphs.append(xr.get_num_cached_compilation_graph())
+many = [shard_alike(*rows)] + [shard_alike(*columns) for _ in range(257)]
+torch_xla.sync()
+many = [[sharding(tensor) for tensor in result] for result in (many[0], *many[-2:])]
 alone = columns[1] * 2
 torch_xla.sync()
 exact = all(torch.equal(b.cpu(), y.cpu() * 2) for (_, b), (_, y) in zip(results, (rows, columns)))
-print(json.dumps({"found": found, "graphs": graphs, "alone": sharding(alone), "exact": exact}))
+print(json.dumps({"found": found, "graphs": graphs, "alone": sharding(alone), "exact": exact, "many": many}))
 """
 
 
@@ -55,6 +58,11 @@ def test_a_sharding_spreads_within_a_call_and_no_further(seen):
     assert seen["found"] == [[by_rows, by_rows, by_columns, by_columns]] * 3
     assert seen["alone"] not in (by_rows, by_columns)  # it is shard_alike that spreads it
     assert seen["exact"]
+
+
+def test_hundreds_of_calls_in_a_graph_are_kept_apart(seen):
+    by_rows, by_columns = "{devices=[4,1]0,1,2,3}", "{devices=[1,4]0,1,2,3}"
+    assert seen["many"] == [[by_rows] * 2, [by_columns] * 2, [by_columns] * 2]
 
 
 def test_the_next_step_is_the_same_graph(seen):

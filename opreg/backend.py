@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import time
@@ -14,6 +15,7 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
 
+from opreg.backend_cpp import kernels_built_together
 from opreg.backend_inductor import compile_piece
 from opreg.backend_sizes import Compile, SizeError, Variant, compile_variant, dispatch, plan_points, plan_variants
 from opreg.cudagraph_device import DEVICES, Device
@@ -92,8 +94,12 @@ def opreg_backend(gm: GraphModule, example_inputs: Sequence[Any], options: Mappi
         run: Callable[..., Any] = compiler(module, values)
         return run
 
-    _compile_pieces(split, report, compile_one, mode)
-    special = _compile_variants(split, report, compile_one, mode, variants)
+    with kernels_built_together() if compiler is compile_piece else contextlib.nullcontext():
+        _compile_pieces(split, report, compile_one, mode)
+        special = _compile_variants(split, report, compile_one, mode, variants)
+        if compiler is compile_piece:
+            _show("opreg: building the kernels of all pieces")
+    _show("")
     made = [(variant, split.function_of(split.runs(runs))) for variant, runs in special]
     if recording is not None:
         made = [*_recorded(split, report, points, special, *recording), *made]

@@ -1,4 +1,5 @@
-"""A second compilation takes every piece from Inductor's cache; a changed one misses, a corrupt one is rebuilt."""
+"""A second compilation takes every piece from Inductor's cache; a changed one misses, a corrupt one is rebuilt; the
+kernels of all pieces are one run of the C++ compiler."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.utils import counters
+
+from opreg import backend_cpp
+from opreg.backend_cpp import Later
 
 LIB = torch.library.Library("opreg_warm", "DEF")
 LIB.define("core(Tensor x, str name) -> Tensor")
@@ -72,3 +76,64 @@ def test_a_corrupt_artifact_is_rebuilt(cache: Path) -> None:
     for path in artifacts:
         path.write_bytes(b"\x80garbage" + path.read_bytes()[:20])
     assert hits_and_misses(first) == (0, 1)
+
+
+def different(x: torch.Tensor) -> torch.Tensor:
+    x = core(torch.sin(x) * 2, "a")
+    x = core(torch.softmax(x, -1), "b")
+    return torch.cos(x) + torch.sin(x) * 2
+
+
+@pytest.fixture
+def built(cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the C++ compiler was run for, headers aside."""
+    from torch._inductor.cpp_builder import CppBuilder
+
+    files: list[str] = []
+    build = CppBuilder.build
+
+    def counted(self: Any, *args: Any) -> Any:
+        name = str(self.get_target_file_path())
+        if name.endswith(".main.so"):
+            files.append(name)
+        return build(self, *args)
+
+    monkeypatch.setattr(CppBuilder, "build", counted)
+    return files
+
+
+def test_kernels_of_all_pieces_are_built_in_one_run(built: list[str]) -> None:
+    from torch._inductor.codecache import PyCodeCache
+
+    assert hits_and_misses(different) == (0, 3)
+    assert len(built) == 1
+    held = [v for module in PyCodeCache.modules for v in vars(module).values()]
+    assert not any(isinstance(v, Later) for v in held)
+    assert sum(getattr(v, "__name__", "").startswith("kernel") for v in held) == 3
+    assert hits_and_misses(different) == (3, 0)
+    assert len(built) == 1, "nor is anything built for pieces that are cached"
+
+
+def test_kernels_that_do_not_go_together_are_built_alone(
+    built: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(backend_cpp, "_source", lambda kernels: "no C++")
+    assert hits_and_misses(different) == (0, 3)
+    assert len(built) == 1 + 3
+    assert "each is built alone" in "".join(r.getMessage() for r in caplog.records if r.name == "opreg")
+
+
+def test_a_kernel_left_behind_by_an_error_is_built_when_called(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor.async_compile import AsyncCompile
+
+    scope: dict[str, Any] = {}
+    source = 'extern "C" void kernel(float* x) { x[0] = 7; }'
+    before = AsyncCompile.cpp_pybinding
+    scope |= {"compiler": AsyncCompile(), "source": source}
+    asked = "kernel = compiler.cpp_pybinding(['float*'], source); 1 / 0"
+    with pytest.raises(ZeroDivisionError), backend_cpp.kernels_built_together():
+        exec(asked, scope)
+    assert AsyncCompile.cpp_pybinding is before
+    x = torch.zeros(2)
+    scope["kernel"](x)
+    assert x.tolist() == [7, 0]

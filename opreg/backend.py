@@ -15,6 +15,7 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
 
+from opreg.backend_artifacts import modules_checked
 from opreg.backend_cpp import kernels_built_together
 from opreg.backend_inductor import compile_piece
 from opreg.backend_sizes import Compile, SizeError, Variant, compile_variant, dispatch, plan_points, plan_variants
@@ -94,7 +95,10 @@ def opreg_backend(gm: GraphModule, example_inputs: Sequence[Any], options: Mappi
         run: Callable[..., Any] = compiler(module, values)
         return run
 
-    with kernels_built_together() if compiler is compile_piece else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if compiler is compile_piece:
+            stack.enter_context(kernels_built_together())
+            stack.enter_context(modules_checked())
         _compile_pieces(split, report, compile_one, mode)
         special = _compile_variants(split, report, compile_one, mode, variants)
         if compiler is compile_piece:

@@ -9,11 +9,14 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
+
+from opreg.backend_artifacts import Library
 
 log = logging.getLogger("opreg")
 # Above this many the kernels are spread over the compiler's threads.
@@ -92,8 +95,17 @@ def _start(kernels: Sequence[Later]) -> Callable[[], list[Kernel]]:
     class Together(CppPythonBindingsCodeCache):
         cache: ClassVar[dict[str, Any]] = {}
         entry_function = _entry(0)
+        path = ""
 
-    load = Together.load_async(_source(kernels), "cpu", submit_fn=AsyncCompile().submit)
+        @classmethod
+        def _load_library_inner(cls, path: str, key: str) -> Any:
+            cls.path = path
+            return super()._load_library_inner(path, key)
+
+    source = _source(kernels)
+    library = Library(source)
+    library.check()
+    load = Together.load_async(source, "cpu", submit_fn=AsyncCompile().submit)
 
     def finish() -> list[Kernel]:
         try:
@@ -101,6 +113,15 @@ def _start(kernels: Sequence[Later]) -> Callable[[], list[Kernel]]:
         except CppCompileError as error:
             log.warning("kernels could not be built in one file, so each is built alone: %s", error)
             return [later.alone() for later in kernels]
+        except ImportError as error:
+            # What a process that was stopped while it wrote left behind.
+            if error.path is None or not os.path.exists(error.path):
+                raise
+            os.unlink(error.path)
+            log.warning("%s cannot be loaded and is built again: %s", error.path, error)
+            Together.cache.clear()
+            first = Together.load_async(source, "cpu")()
+        library.keep(Together.path)
         found = [getattr(first, _entry(0))]
         for i in range(1, len(kernels)):
             name = f"{first.__name__.rpartition('.')[0]}.{_entry(i)}"

@@ -1,6 +1,8 @@
 """A second compilation takes every piece from Inductor's cache; a changed one misses, a corrupt one is rebuilt; the
 kernels of all pieces are one run of the C++ compiler."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,13 +71,86 @@ def test_everything_is_reused_and_only_what_changed_is_compiled(cache: Path) -> 
     assert hits_and_misses(changed) == (0, 1)
 
 
-def test_a_corrupt_artifact_is_rebuilt(cache: Path) -> None:
+def garbage(path: Path) -> None:
+    path.write_bytes(b"\x80garbage" + path.read_bytes()[:20])
+
+
+def other_code(path: Path) -> None:
+    path.write_text("raise SystemError('a damaged module ran')")
+
+
+def flipped_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 255
+    # Another file: the old one is mapped into this process.
+    path.unlink()
+    path.write_bytes(data)
+
+
+def cut_short(path: Path) -> None:
+    """As a build that was stopped leaves it: nothing is known about the file yet."""
+    for facts in path.parent.parent.glob("opreg/*"):
+        facts.unlink()
+    data = path.read_bytes()[:500]
+    path.unlink()
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("files", "damage", "again"),
+    [
+        ("fxgraph/**/*", garbage, (0, 1)),
+        ("*/*.py", other_code, (0, 1)),
+        ("*/*.main.so", flipped_byte, (1, 0)),
+        ("opreg/*", garbage, (1, 0)),
+    ],
+)
+def test_a_damaged_artifact_is_made_again_and_never_runs(
+    cache: Path, files: str, damage: Any, again: tuple[int, int]
+) -> None:
+    from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+    CppPythonBindingsCodeCache.cache_clear()
     assert hits_and_misses(first) == (0, 1)
-    artifacts = [p for p in (cache / "fxgraph").rglob("*") if p.is_file()]
-    assert artifacts
-    for path in artifacts:
-        path.write_bytes(b"\x80garbage" + path.read_bytes()[:20])
-    assert hits_and_misses(first) == (0, 1)
+    found = [p for p in cache.glob(files) if p.is_file()]
+    assert found
+    for path in found:
+        damage(path)
+    damaged = {path: path.read_bytes() for path in found if path.exists()}
+    CppPythonBindingsCodeCache.cache_clear()
+    assert hits_and_misses(first) == again
+    if damage is not garbage:  # Inductor passes over a damaged entry of its index and leaves it where it is
+        assert not any(path.exists() and path.read_bytes() == data for path, data in damaged.items())
+    CppPythonBindingsCodeCache.cache_clear()
+    assert hits_and_misses(first) == (1, 0)
+
+
+PROGRAM = """
+import torch
+
+def f(x):
+    return torch.softmax(x, -1).sin()
+
+with torch.no_grad():
+    x = torch.randn(4, 8)
+    made = torch.compile(f, backend="opreg", options={"split_on": []})
+    torch.testing.assert_close(made(x), f(x))
+"""
+
+
+def test_a_library_that_was_not_written_to_its_end_is_built_again(cache: Path) -> None:
+    """In processes of their own: Python loads an extension module of one name and path once."""
+    said = []
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        said.append(done.stderr)
+        (library,) = cache.glob("*/*.main.so")
+        size = library.stat().st_size
+        cut_short(library)
+    assert "cannot be loaded and is built again" not in said[0]
+    assert "cannot be loaded and is built again" in said[1]
+    assert size > 500
 
 
 def different(x: torch.Tensor) -> torch.Tensor:

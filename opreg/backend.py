@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import time
@@ -14,8 +15,12 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
 
+from opreg.backend_artifacts import modules_checked
+from opreg.backend_cpp import kernels_built_together
 from opreg.backend_inductor import compile_piece
-from opreg.backend_sizes import Compile, SizeError, Variant, compile_variant, dispatch, plan_variants
+from opreg.backend_sizes import Compile, SizeError, Variant, compile_variant, dispatch, plan_points, plan_variants
+from opreg.cudagraph_device import DEVICES, Device
+from opreg.cudagraphs import Captures
 from opreg.errors import OpregError, listing, nearest
 from opreg.graph import SplitGraph, split_graph
 from opreg.graph_lift import Lifted
@@ -23,7 +28,7 @@ from opreg.graph_ops import value_of
 from opreg.graph_report import Report
 
 log = logging.getLogger("opreg")
-OPTIONS = ("inner", "split_on", "sizes", "ranges")
+OPTIONS = ("inner", "split_on", "sizes", "ranges", "cudagraphs")
 _REPORTS: deque[Report] = deque(maxlen=64)
 
 
@@ -55,7 +60,9 @@ def opreg_backend(gm: GraphModule, example_inputs: Sequence[Any], options: Mappi
         splitting_ops(). "sizes" is a list of sizes, and "ranges" a list of pairs (first, last), to compile every piece
         for besides the general case, where the graph has dynamic sizes; with several of those, a mapping from what the
         size is called, "x.size(0)", to such a list. The most special variant that fits is run; a graph without dynamic
-        sizes has no variants.
+        sizes has no variants. "cudagraphs" records compiled pieces as CUDA graphs and replays them: for the "sizes"
+        with True, else for a list or mapping like those; other sizes are padded to the next one where rows cannot see
+        each other, and run unrecorded elsewhere. For inference on a GPU only.
     Raises BackendError for an option that does not exist, UnknownOpError for an op that does not."""
     chosen = dict(options or {})
     for key in chosen:
@@ -70,8 +77,11 @@ def opreg_backend(gm: GraphModule, example_inputs: Sequence[Any], options: Mappi
     split = split_graph(gm, on=chosen.get("split_on"), lift=True)
     try:
         variants = plan_variants(split, chosen.get("sizes"), chosen.get("ranges"))
+        asked = chosen.get("cudagraphs")
+        points = plan_points(split, asked, chosen.get("sizes")) if asked else []
     except SizeError as error:
         raise BackendError(f'torch.compile(backend="opreg"): {error}') from None
+    recording = _device_of(split, example_inputs) if points else None
     report = split.report()
     report.inner = inner if isinstance(inner, str) else getattr(inner, "__name__", repr(inner))
     _REPORTS.append(report)
@@ -80,12 +90,24 @@ def opreg_backend(gm: GraphModule, example_inputs: Sequence[Any], options: Mappi
 
     def compile_one(index: int, module: GraphModule, values: list[Any]) -> Callable[..., Any]:
         if compiler is compile_piece:
-            return compile_piece(module, values, checked=index not in unsure)
+            # Inductor's own CUDA graphs would be recorded inside of ours.
+            return compile_piece(module, values, checked=index not in unsure, own_graphs=recording is None)
         run: Callable[..., Any] = compiler(module, values)
         return run
 
-    _compile_pieces(split, report, compile_one, mode)
-    run = _compile_variants(split, report, compile_one, mode, variants) if variants else split.function()
+    with contextlib.ExitStack() as stack:
+        if compiler is compile_piece:
+            stack.enter_context(kernels_built_together())
+            stack.enter_context(modules_checked())
+        _compile_pieces(split, report, compile_one, mode)
+        special = _compile_variants(split, report, compile_one, mode, variants)
+        if compiler is compile_piece:
+            _show("opreg: building the kernels of all pieces")
+    _show("")
+    made = [(variant, split.function_of(split.runs(runs))) for variant, runs in special]
+    if recording is not None:
+        made = [*_recorded(split, report, points, special, *recording), *made]
+    run = dispatch(split, made) if made else split.function()
     for note in report.notes:
         log.warning("%s", note)
     return run
@@ -176,18 +198,55 @@ def _show(text: str) -> None:
         sys.stderr.flush()
 
 
+Special = list[tuple[Variant, dict[int, Any]]]
+
+
 def _compile_variants(
     split: SplitGraph, report: Report, compile_one: Compile, mode: FakeTensorMode | None, variants: list[Variant]
-) -> Callable[..., Any]:
-    made: list[tuple[Variant, Callable[..., Any]]] = []
+) -> Special:
+    made: Special = []
     for variant in variants:
         start = time.perf_counter()
         _show(f"opreg: compiling for {variant.text}")
         with tracing(TracingContext(mode)):
-            run, notes = compile_variant(split, variant, compile_one)
-        made.append((variant, run))
+            runs, notes = compile_variant(split, variant, compile_one)
+        made.append((variant, runs))
         report.notes += tuple(notes)
         report.variants += (variant.text,)
         log.info("compiled for %s in %.2f s", variant.text, time.perf_counter() - start)
-    _show("")
-    return dispatch(split, made)
+        _show("")
+    return made
+
+
+def _device_of(split: SplitGraph, example_inputs: Sequence[Any]) -> tuple[Device, str]:
+    """What records pieces here, and its device type. Raises BackendError where nothing can."""
+    there = {kind: device for kind, device in DEVICES.items() if device.available()}
+    if not there:
+        raise BackendError(
+            'torch.compile(backend="opreg"): option "cudagraphs" needs a GPU, and torch.cuda.is_available() is False. '
+            "Leave the option out on this machine."
+        )
+    if torch.is_grad_enabled() and any(isinstance(v, torch.Tensor) and v.requires_grad for v in example_inputs):
+        raise BackendError(
+            'torch.compile(backend="opreg"): option "cudagraphs" is for inference, and gradients are wanted here. Call '
+            "the model under torch.no_grad() or torch.inference_mode()."
+        )
+    values = [value_of(n) for piece in split.pieces for n in piece.inputs]
+    used = Counter(v.device.type for v in values if isinstance(v, torch.Tensor) and v.device.type in there)
+    kind = used.most_common(1)[0][0] if used else next(iter(there))
+    return there[kind], kind
+
+
+def _recorded(
+    split: SplitGraph, report: Report, points: list[Variant], special: Special, device: Device, kind: str
+) -> list[tuple[Variant, Callable[..., Any]]]:
+    """The functions for sizes at which pieces are recorded and replayed."""
+    captures = Captures(split, device, kind)
+    made: list[tuple[Variant, Callable[..., Any]]] = []
+    for point in points:
+        sizes = {symbol: high for symbol, (_, high) in point.bounds}
+        exact = tuple((symbol, (high, high)) for symbol, high in sizes.items())
+        runs = next((runs for variant, runs in special if set(variant.bounds) == set(exact)), {})
+        made.append((point, captures.function(sizes, point.text, runs, pad=bool(sizes))))
+    report.recorded = tuple(captures.lines)
+    return made

@@ -21,12 +21,15 @@ class Boxed:
         return self.boxed(list(args))
 
 
-def compile_piece(gm: GraphModule, example_inputs: Sequence[Any], checked: bool) -> Callable[..., Any]:
+def compile_piece(
+    gm: GraphModule, example_inputs: Sequence[Any], checked: bool, own_graphs: bool
+) -> Callable[..., Any]:
     """Compile a piece with Inductor, in the current tracing context.
 
     checked: leave out the size checks on the piece's inputs, because all of them come from Dynamo, which guards on
         their sizes, or from other compiled pieces, whose sizes were proved when they were compiled. Measured on 32
-        layers: 9 % of the forward."""
+        layers: 9 % of the forward.
+    own_graphs: Inductor may record CUDA graphs of its own, as its configuration says."""
     from torch._functorch import config as functorch_config
     from torch._inductor import config as inductor_config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
@@ -41,6 +44,8 @@ def compile_piece(gm: GraphModule, example_inputs: Sequence[Any], checked: bool)
     # AOTAutograd's cache would return its whole wrapper without calling `inner`; Inductor's own cache stays on, and
     # tracing a piece again costs 20 to 40 ms.
     patches = {"size_asserts": False} if checked and inductor_config.size_asserts else {}
+    if not own_graphs:
+        patches["triton.cudagraphs"] = False
     with functorch_config.patch(enable_autograd_cache=False), inductor_config.patch(patches):
         wrapped = cast(Callable[..., Any], compile_fx(gm, list(example_inputs), inner_compile=inner))
     if len(made) == 1 and made[0][1] == len(example_inputs) and _wrapper_is_idle(example_inputs):

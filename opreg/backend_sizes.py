@@ -86,6 +86,36 @@ def plan_variants(split: SplitGraph, sizes: Any, ranges: Any) -> list[Variant]:
     return sorted(variants, key=lambda v: (-len(v.bounds), sum(hi - lo for _, (lo, hi) in v.bounds)))
 
 
+def plan_points(split: SplitGraph, asked: Any, sizes: Any) -> list[Variant]:
+    """Sizes to record compiled pieces for: a variant for all sizes that are padded to its largest. Raises SizeError.
+
+    asked: True for those of the option "sizes", else what that option would hold."""
+    used = set().union(*(_symbols(value_of(n)) for p in split.pieces if not p.split for n in p.inputs))
+    names = {name: symbol for name, symbol in names_of_symbols(split).items() if symbol in used}
+    if not names:
+        return [Variant((), "")]
+    entries = sizes if asked is True else asked
+    choices = {
+        symbol: sorted({_bound("sizes", e)[0] for e in found})
+        for symbol, found in _by_symbol("cudagraphs", entries, names, list(dict.fromkeys(names.values()))).items()
+    }
+    missing = [name for name, symbol in names.items() if not choices.get(symbol)]
+    if missing:
+        raise SizeError(
+            f'option "cudagraphs" records pieces for sizes, and there are none for {listing(missing)}. '
+            f'Give them: {{"cudagraphs": {{"{missing[0]}": [1, 2, 4, 8]}}}}.'
+        )
+    said = {symbol: name for name, symbol in reversed(names.items())}
+    points: list[Variant] = []
+    for picked in itertools.product(*(range(len(found)) for found in choices.values())):
+        bounds = tuple(
+            (symbol, (found[i - 1] + 1 if i else 0, found[i]))
+            for (symbol, found), i in zip(choices.items(), picked, strict=True)
+        )
+        points.append(Variant(bounds, ", ".join(f"{said[s]} = {high}" for s, (_, high) in bounds)))
+    return points
+
+
 def _by_symbol(option: str, asked: Any, names: dict[str, Any], symbols: list[Any]) -> dict[Any, Sequence[Any]]:
     if not asked:
         return {}
@@ -123,8 +153,8 @@ def _bound(option: str, entry: Any) -> Bound:
 Compile = Callable[[int, GraphModule, list[Any]], Callable[..., Any]]
 
 
-def compile_variant(split: SplitGraph, variant: Variant, compile_one: Compile) -> tuple[Any, list[str]]:
-    """(the function for this variant, notes); pieces whose sizes do not depend on it are the general ones."""
+def compile_variant(split: SplitGraph, variant: Variant, compile_one: Compile) -> tuple[dict[int, Any], list[str]]:
+    """({distinct piece: what runs it in this variant}, notes), without pieces whose sizes do not depend on it."""
     runs: dict[int, Any] = {}
     notes: list[str] = []
     bounds = dict(variant.bounds)
@@ -152,7 +182,7 @@ def compile_variant(split: SplitGraph, variant: Variant, compile_one: Compile) -
             notes.append(f"piece {index} is not specialised for {variant.text}: it would also need {reasons}")
             continue
         runs[index] = run
-    return split.function_with(runs), notes
+    return runs, notes
 
 
 def _symbols(value: Any) -> set[Any]:
@@ -248,6 +278,8 @@ def dispatch(split: SplitGraph, variants: list[tuple[Variant, Callable[..., Any]
     """One function that takes the first variant whose sizes fit, and the general one otherwise."""
     where = _where(split)
     scope: dict[str, Any] = {"general": split.function()}
+    if variants and not variants[0][0].bounds:
+        return variants[0][1]
     lines = ["def forward(*args):"]
     for i, (variant, run) in enumerate(variants):
         scope[f"variant{i}"] = run

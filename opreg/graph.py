@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -58,12 +58,14 @@ class SplitGraph:
         """A new module for piece `index`; compilers own and change the modules they are given."""
         return build_piece(self.keys, self.pieces[index], self.root, self._likes[index] > 1)
 
-    def function_with(self, runs: dict[int, Callable[..., Any]]) -> Callable[..., Any]:
-        """A function of its own with `runs` in place of some distinct pieces."""
-        every = {
-            p.index: runs.get(self.same[p.index], self._runs[self.same[p.index]]) for p in self.pieces if not p.split
-        }
-        return Stitcher(self.plan, self.keys, self.root).function(every)
+    def runs(self, others: Mapping[int, Callable[..., Any]] | None = None) -> dict[int, Callable[..., Any]]:
+        """What runs each piece that is not splitting; `others` in place of some distinct pieces."""
+        distinct = {**self._runs, **(others or {})}
+        return {p.index: distinct[self.same[p.index]] for p in self.pieces if not p.split}
+
+    def function_of(self, runs: dict[int, Callable[..., Any]]) -> Callable[..., Any]:
+        """A function that runs every piece that is not splitting by what `runs` has for it."""
+        return Stitcher(self.plan, self.keys, self.root).function(runs)
 
     def build_all(self) -> dict[int, GraphModule]:
         """A module for every piece that is not splitting, for tools that want them apart."""
@@ -77,7 +79,7 @@ class SplitGraph:
     def function(self) -> Callable[..., Any]:
         """The generated function that runs the pieces."""
         if self._function is None:
-            self._function = self.function_with({})
+            self._function = self.function_of(self.runs())
         return self._function
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

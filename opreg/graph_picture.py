@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -12,6 +13,10 @@ from opreg.graph_report import PieceReport, Report
 # Twelve fills that stay apart for most colour-blind readers, all light enough for dark text.
 _FILLS = "#cfe3f5 #fde2c1 #d3ecd0 #f6d0d3 #e2d9f0 #e9ddc9 #f9d9ec #dfe3e6 #eef0b9 #c9ecef #d9e8b8 #e8cfc4".split()
 _WIDTH, _ROW, _LEFT = 980, 34, 96
+_LINE = 16
+_SILENT = ("getitem", "size", "_log_api_usage_once")
+# Parts of the names of ops that take time and tell a reader where in the model a piece is.
+_HEAVY = ("linear", "matmul", "mm", "conv", "embedding", "einsum", "attention")
 
 
 @dataclass(frozen=True)
@@ -77,14 +82,45 @@ def rows(report: Report) -> list[tuple[str, str, str, str]]:
             same = kind_of(p)
             seconds = report.seconds.get(same)
             remark = f"distinct {numbers[same]}" + (f", compiled in {seconds:.2f} s" if seconds is not None else "")
-            found.append((times, f"{p.index}", f"{len(p.ops)} ops: {short(p.ops)}", remark))
+            made = shapes(p)
+            found.append(
+                (times, f"{p.index}", f"{len(p.ops)} ops: {gist(p.ops)}", remark + f", makes {made}" * bool(made))
+            )
     return found
+
+
+def _compiled(seconds: float | None) -> bool:
+    """Nothing compiles a piece in less than 5 ms: then it runs as it is, and there is no time to show."""
+    return seconds is not None and seconds >= 0.005
+
+
+def gist(ops: Sequence[str], room: int = 60) -> str:
+    """What a piece is about: its products, look-ups and ops of packages, most frequent first; else all of its ops."""
+    names = [op.rpartition("::")[2] for op in ops if "::" in op or any(word in op for word in _HEAVY)]
+    counts = sorted(Counter(names).items(), key=lambda item: -item[1])
+    if not counts:
+        return short(ops, room)
+    parts = [f"{name} x{count}" if count > 1 else name for name, count in counts]
+    while len(" ".join(parts)) > room and len(parts) > 1:
+        parts.pop()
+    rest = len(ops) - sum(count for _, count in counts[: len(parts)])
+    return " ".join(parts) + (f" and {rest} more" if rest else "")
+
+
+def shapes(piece: PieceReport, room: int = 60) -> str:
+    """The shapes a piece makes, each once, those that fit."""
+    text = ""
+    for shape in dict.fromkeys(s for s in piece.outputs if s):
+        if len(text) + len(shape) > room:
+            return f"{text} ..."
+        text = f"{text} {shape}".strip()
+    return text
 
 
 def short(ops: Sequence[str], room: int = 60) -> str:
     """The first ops that fit, and how many more there are; an op that comes several times in a row is named once."""
     names: list[str] = []
-    for name in (op.rpartition("::")[2] for op in ops if op not in ("getitem", "size")):
+    for name in (op.rpartition("::")[2] for op in ops if op not in _SILENT):
         if names and names[-1].split(" x")[0] == name:
             count = int(names[-1].partition(" x")[2] or 1) + 1
             names[-1] = f"{name} x{count}"
@@ -107,7 +143,7 @@ def svg(report: Report, title: str = "") -> str:
         top = y
         for p in run.pieces:
             parts.append(_bar(p, report, numbers, y))
-            y += _ROW
+            y += _ROW if p.splitting else _ROW + _LINE
         if run.times > 1:
             parts.append(
                 f'<path d="M{_LEFT - 12} {top} h-10 V{y - 8} h10" fill="none" stroke="#555"/>'
@@ -135,15 +171,17 @@ def _bar(p: PieceReport, report: Report, numbers: dict[int, int], y: int) -> str
         return (
             f"<g><title>{tip}</title>"
             f'<rect x="{_LEFT}" y="{y}" width="{width}" height="{_ROW - 10}" rx="3" fill="#37424d"/>'
-            f'<text x="{_LEFT + 10}" y="{y + 16}" fill="white">{p.index}  {escape(short(p.ops, 90))}</text></g>'
+            f'<text x="{_LEFT + 10}" y="{y + 16}" fill="white">{p.index} · {escape(short(p.ops, 90))}</text></g>'
         )
     same = kind_of(p)
     number = numbers[same]
     fill = _FILLS[(number - 1) % len(_FILLS)]
     seconds = report.seconds.get(same)
-    right = f"distinct {number}" + (f" · {seconds:.2f} s" if seconds is not None else "")
+    right = f"distinct {number}" + (f" · {seconds:.2f} s" if _compiled(seconds) else "")
     return (
-        f'<g><title>{tip}</title><rect x="{_LEFT}" y="{y}" width="{width}" height="{_ROW - 8}" rx="5" fill="{fill}" '
-        f'stroke="#9aa4ad"/><text x="{_LEFT + 10}" y="{y + 17}">{p.index}  {len(p.ops)} ops: {escape(short(p.ops, 70))}'
-        f'</text><text x="{_WIDTH - 30}" y="{y + 17}" text-anchor="end" fill="#333">{right}</text></g>'
+        f'<g><title>{tip}</title><rect x="{_LEFT}" y="{y}" width="{width}" height="{_ROW + _LINE - 8}" rx="5" '
+        f'fill="{fill}" stroke="#9aa4ad"/><text x="{_LEFT + 10}" y="{y + 17}">{p.index} · '
+        f'{escape(gist(p.ops, 70))}</text><text x="{_LEFT + 10}" y="{y + 34}" fill="#444" font-size="11">'
+        f"{len(p.ops)} ops, makes {escape(shapes(p, 100) or 'nothing')}</text>"
+        f'<text x="{_WIDTH - 30}" y="{y + 17}" text-anchor="end" fill="#333">{right}</text></g>'
     )

@@ -39,6 +39,7 @@ class Report:
     lifted: tuple[str, ...] = ()
     inner: str = ""
     variants: tuple[str, ...] = ()
+    recorded: tuple[str, ...] = ()
     seconds: dict[int, float] = field(default_factory=dict)
 
     @property
@@ -75,6 +76,7 @@ class Report:
             "lifted": list(self.lifted),
             "inner": self.inner,
             "variants": list(self.variants),
+            "recorded": list(self.recorded),
         }
 
     def summary(self) -> str:
@@ -97,6 +99,7 @@ class Report:
             line = f"{p.index:4d} {what} {len(p.ops):3d} ops  {' '.join(ops)}"
             lines.append(f"{line}  ({tail})" if tail else line)
         lines += [f"also compiled for {v}" for v in self.variants]
+        lines += [f"cudagraphs: {r}" for r in self.recorded]
         lines += [f"made an input: {n}" for n in self.lifted]
         lines += [f"note: {n}" for n in self.notes]
         lines += [f"note: nothing to split at '{n}' in this graph" for n in self.unmatched]

@@ -242,6 +242,51 @@ def test_training_through_a_registered_op_shares_its_pieces() -> None:
     assert last_report().summary() == "8 pieces: 4 at opreg_backend::gate, 4 compiled as 1 distinct"
 
 
+def test_backward_is_split_and_shared_as_forward_is() -> None:
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    calls: list[str] = []
+    graphs: dict[str, list[set[Any]]] = {"forward": [], "backward": []}
+
+    @register_op("opreg_backend::scaled", kind="attention")
+    def scaled(x: Annotated[Tensor, "n d"], w: Annotated[Tensor, "d"]) -> Annotated[Tensor, "n d"]:
+        return x * w
+
+    def formula(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        calls.append("formula")
+        x, w = ctx.saved_tensors
+        return g * w, (g * x).sum(0)
+
+    scaled.register_autograd(formula, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+    def compiler(which: str) -> Callable[..., Any]:
+        def compile_one(gm: GraphModule, values: Any) -> Any:
+            graphs[which].append({n.target for n in gm.graph.nodes if n.op == "call_function"})
+            return make_boxed_func(gm.forward)
+
+        return compile_one
+
+    inner = aot_autograd(fw_compiler=compiler("forward"), bw_compiler=compiler("backward"))
+    weights = [torch.randn(4, requires_grad=True) for _ in range(6)]
+
+    def model(x: Tensor) -> Tensor:
+        for w in weights:
+            x = scaled(torch.sin(x) + 1, w)
+        return torch.cos(x)
+
+    x = torch.randn(3, 4, requires_grad=True)
+    run = torch.compile(model, backend="opreg", options={"inner": inner}, fullgraph=True)
+    want = torch.autograd.grad(model(x).square().sum(), [x, *weights])
+    calls.clear()
+    torch.testing.assert_close(torch.autograd.grad(run(x).square().sum(), [x, *weights]), want)
+    assert last_report().summary() == "13 pieces: 6 at opreg_backend::scaled, 7 compiled as 2 distinct"
+    assert len(calls) == 6, "each layer's formula runs between the pieces"
+    assert [len(made) for made in graphs.values()] == [2, 2], "a backward is compiled once per distinct piece, too"
+    assert not any(scaled.overload in targets for made in graphs.values() for targets in made)
+    assert any(torch.ops.aten.cos.default in targets for targets in graphs["backward"])
+
+
 @torch.no_grad()
 def test_inductor_compiles_the_pieces() -> None:
     model, x = Model(5), torch.randn(5, 8)

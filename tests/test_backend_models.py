@@ -1,4 +1,8 @@
-"""Models of other packages: layers that are alike are one piece there too."""
+"""Models of other packages: like layers are one piece there too, and a second process compiles none of them again."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -22,3 +26,28 @@ def test_a_32_layer_llama_is_three_pieces() -> None:
     report = last_report()
     assert report.summary() == "65 pieces: 32 at aten::scaled_dot_product_attention, 33 compiled as 3 distinct"
     assert not report.notes
+
+
+@pytest.fixture(scope="module")
+def models() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("opreg_bench_models", Path(__file__).parent / "bench" / "models.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("name", "pieces", "distinct"), [("llama", 33, 3), ("qwen3_next", 13, 6)])
+def test_a_second_process_compiles_nothing_again(
+    models: ModuleType, tmp_path: Path, name: str, pieces: int, distinct: int
+) -> None:
+    """Each process also compares what the compiled model computes with what the model computes."""
+    cold = models.fresh(name, "opreg", str(tmp_path))
+    assert (cold["pieces"], cold["distinct"]) == (pieces, distinct)
+    assert (cold["hits"], cold["misses"]) == (0, distinct)
+    for irrelevant in ("", "names"):
+        warm = models.fresh(name, "opreg", str(tmp_path), irrelevant)
+        assert (warm["hits"], warm["misses"]) == (distinct, 0)
+    changed = models.fresh(name, "opreg", str(tmp_path), "eps")
+    assert (changed["hits"], changed["misses"]) == (0, distinct), "every piece holds a norm"

@@ -1,5 +1,6 @@
 """Folding repeated layers, the SVG picture, and `opreg graph`."""
 
+import itertools
 import json
 from pathlib import Path
 from xml.etree import ElementTree
@@ -7,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from opreg.cli import main
-from opreg.graph_picture import fold, rows, short, svg
+from opreg.graph_picture import fold, gist, rows, shapes, short, svg
 from opreg.graph_report import PieceReport, Report
 
 
@@ -47,16 +48,31 @@ def test_what_does_not_repeat_is_one_run() -> None:
 def test_the_picture_of_a_40_layer_model_is_small_and_well_formed() -> None:
     report = hybrid(10)
     root = ElementTree.fromstring(svg(report, "a <model> & more"))
-    assert int(root.get("height", "0")) < 900
+    assert int(root.get("height", "0")) < 1000
     text = " ".join(t.text or "" for t in root.iter("{http://www.w3.org/2000/svg}text"))
     assert " x" in text
     assert "gdn" in text
     assert "a <model> & more" in text
+    assert "linear x3 and 3 more" in text
+    assert "6 ops, makes float32[4, 8]" in text
+    # Where nothing repeats, bars and their texts stay apart.
+    bars = [*root.iter("{http://www.w3.org/2000/svg}rect")][1:]
+    tops = [(float(bar.get("y", 0)), float(bar.get("height", 0))) for bar in bars]
+    assert all(y + height < below for (y, height), (below, _) in itertools.pairwise(tops))
 
 
 def test_ops_are_shortened_where_they_repeat_or_are_many() -> None:
     assert short(["linear", "linear", "getitem", "ns::moe"]) == "linear x2 moe"
     assert short([f"op{i}" for i in range(40)], room=20).endswith("more")
+
+
+def test_a_piece_is_named_by_what_takes_time() -> None:
+    assert gist(["pow", "mul", "linear", "getitem", "linear", "ns::moe"]) == "linear x2 moe and 3 more"
+    assert gist(["pow", "mul"]) == "pow mul"
+    assert gist(["linear", "embedding", "conv1d"], room=16) == "linear embedding and 1 more"
+    made = PieceReport(0, False, (), (), ("float32[s0, 8]", "float32[s0, 8]", "", "int64[4]"), "d")
+    assert shapes(made) == "float32[s0, 8] int64[4]"
+    assert shapes(made, room=16) == "float32[s0, 8] ..."
 
 
 MODEL = """
@@ -106,6 +122,8 @@ def test_opreg_graph_prints_and_draws(model: Path, capsys: pytest.CaptureFixture
     assert code == 0
     assert out.startswith("25 pieces: 12 at opreg_graph_cli::core, 13 compiled as 3 distinct")
     assert "11 x" in out or "10 x" in out
+    assert "linear and 2 more" in out
+    assert "makes float32[3, 8]" in out
     ElementTree.fromstring(picture.read_text(encoding="utf-8"))
 
 

@@ -44,6 +44,7 @@ class _Namespace(torch._ops._OpNamespace):
 
     def __getattr__(self, name: str) -> Any:
         qualname = f"{self.name}::{name}"
+        define_recorded(qualname)
         packet = super().__getattr__(name)
         awaiting = _AWAITING.pop(qualname, None)
         if awaiting is not None:
@@ -53,6 +54,7 @@ class _Namespace(torch._ops._OpNamespace):
 
 
 _AWAITING: dict[str, torch._ops.OpOverload] = {}
+_RECORDED: dict[str, Any] = {}  # ops that have only been recorded (deferred.py), and are defined by a look at one
 _DEFINED: set[str] = torch.library._defs
 _IMPLEMENTED: set[str] = torch.library._impls
 
@@ -75,10 +77,28 @@ def define(qualname: str, schema: str, tags: Sequence[torch.Tag] = ()) -> torch.
     _DEFINED.add(qualname)
     if which or met:
         return overload(qualname)
+    _RECORDED.pop(qualname, None)
+    return _AWAITING.get(qualname) or _await(qualname)
+
+
+def _await(qualname: str) -> torch._ops.OpOverload:
+    ops = getattr(torch.ops, qualname.partition("::")[0])
     if type(ops) is torch._ops._OpNamespace:
         ops.__class__ = _Namespace
-    made = _AWAITING[qualname] = later(torch._ops.OpOverload, lambda: overload(qualname))
+    made = _AWAITING[qualname] = later(torch._ops.OpOverload, lambda _: overload(qualname))
     return made
+
+
+def await_overload(qualname: str, op: Any) -> torch._ops.OpOverload:
+    """The OpOverload of an operator that is defined when it or `op` is first looked at, here or in torch.ops."""
+    _RECORDED[qualname] = op
+    return _await(qualname)
+
+
+def define_recorded(qualname: str) -> bool:
+    """Define an operator that has only been recorded."""
+    recorded = _RECORDED.get(qualname)
+    return recorded is None or recorded.calls is not None
 
 
 def overload(qualname: str) -> torch._ops.OpOverload:

@@ -20,7 +20,7 @@ def later(cls: type[T], make: Callable[[Any], T]) -> T:
     For classes whose instances keep everything in their __dict__. Until then `type()` of it is a subclass of `cls`.
     `make` may fill the instance itself and return it. Its exception goes to who asked, and anew to who asks next.
     """
-    made = object.__new__(_CLASSES.get(cls) or _awaiting(cls))
+    made: Any = object.__new__(_CLASSES.get(cls) or _awaiting(cls))
     made.__dict__[_MAKE] = make
     return cast(T, made)
 
@@ -37,7 +37,7 @@ def become(awaiting: Any, made: Any) -> None:
     awaiting.__class__ = type(made)
 
 
-def _awaiting(cls: type) -> type:
+def _awaiting(cls: Any) -> type:
     def look(self: Any) -> None:
         with LOCK:
             make = self.__dict__.pop(_MAKE, None)
@@ -63,7 +63,7 @@ def _awaiting(cls: type) -> type:
 
     def __hash__(self: Any) -> int:
         look(self)
-        return cls.__hash__(self)
+        return int(cls.__hash__(self))
 
     methods = {"__getattr__": __getattr__, "__eq__": __eq__, "__hash__": __hash__, "__module__": cls.__module__}
     return _CLASSES.setdefault(cls, type(cls.__name__, (cls,), methods))

@@ -45,7 +45,7 @@ class _Namespace(torch._ops._OpNamespace):
     def __getattr__(self, name: str) -> Any:
         qualname = f"{self.name}::{name}"
         define_recorded(qualname)
-        packet = super().__getattr__(name)
+        packet: Any = super().__getattr__(name)
         awaiting = _AWAITING.pop(qualname, None)
         if awaiting is not None:
             become(awaiting, packet.default)
@@ -65,7 +65,7 @@ def define(qualname: str, schema: str, tags: Sequence[torch.Tag] = ()) -> torch.
     Library.define looks the name up first, and twice more than that; its checks of two tags are kept.
     """
     namespace, name = split_name(qualname)
-    library = _library(namespace)
+    library: Any = _library(namespace)
     ops = getattr(torch.ops, namespace)
     packet, _, which = name.partition(".")
     met = packet in ops.__dict__
@@ -113,7 +113,7 @@ def overload(qualname: str) -> torch._ops.OpOverload:
 def implement(qualname: str, fn: Callable[..., Any], key: str = "CompositeExplicitAutograd") -> None:
     """Make `fn` what the dispatcher calls for `qualname` under `key`: Library.impl without its look-ups, 8 us less."""
     namespace, name = split_name(qualname)
-    library = _library(namespace)
+    library: Any = _library(namespace)
     library.m.impl(name, key, fn, False)
     entry = f"{namespace}/{name}/{key}"
     library._op_impls.add(entry)

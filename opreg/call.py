@@ -115,7 +115,8 @@ class Calls:
     public is what users call, traced what Dynamo traces in its place, entry what the dispatcher calls.
     """
 
-    def __init__(self, op: Op) -> None:
+    def __init__(self, op: Op, public: FunctionType | None = None) -> None:
+        """public: what users hold already of an op that was deferred; its globals become the op's."""
         self.op = op
         self.runners: dict[str, Callable[..., Any]] = {}
         self.unchecked: dict[str, Callable[..., Any]] = {}
@@ -127,8 +128,13 @@ class Calls:
         self._defaults = tuple([arg.default for arg in given if not arg.keyword_only])
         self._keyword_defaults = {arg.name: arg.default for arg in given if arg.keyword_only}
         # What the stand-ins name; the rest comes with the code that is written at the first call.
-        self._names: dict[str, Any] = {"__builtins__": builtins, "_overload": op.overload, "_write": self._write}
+        self._names: dict[str, Any] = {} if public is None else public.__globals__
+        self._names.update(__builtins__=builtins, _overload=op.overload, _write=self._write)
         self.public = self._function(_public_at_first.__code__)
+        if public is not None:
+            public.__code__, public.__defaults__ = self.public.__code__, self.public.__defaults__
+            public.__kwdefaults__ = self.public.__kwdefaults__
+            self.public = public
         self.entry = self._function(_entry_at_first.__code__)
         self.traced = FunctionType(_traced.__code__, self._names, self._name)
         if op.spec.layer_arg is not None or op.spec.named is not None:
@@ -259,6 +265,11 @@ class Calls:
     def otherwise(self, fn: Callable[..., Any]) -> None:
         """Make `fn` what users' calls come to where the kernel cannot be called directly, instead of the overload."""
         self._slow = self._names["_operator"] = fn
+
+    def use(self, device_type: str, run: Callable[..., Any]) -> None:
+        """Let `run` compute the op on a device until the next reset: for tests that want to see the calls."""
+        self.runners[device_type] = run
+        self._set(device_type, run)
 
     def reset(self) -> None:
         """Forget the runners: the next call chooses anew."""

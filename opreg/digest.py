@@ -43,8 +43,8 @@ def in_cache_key() -> None:
 
 
 def of_registry() -> str:
-    """One digest of all registered ops, whatever the order in which they were registered."""
-    facts = [__version__, str(alias.enabled()), *(of_op(op) for op in registry.all_ops())]
+    """One digest of all ops that graphs may hold, whatever the order in which they were registered."""
+    facts = [__version__, str(alias.enabled()), *(of_op(op) for op in registry.defined_ops())]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
 
 

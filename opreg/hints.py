@@ -22,8 +22,6 @@ class Parameter(NamedTuple):
     kind: Any
     default: Any
 
-    empty = inspect.Parameter.empty
-
 
 _PLACE, _KEYWORD = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
 _OTHER_KINDS = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS

@@ -9,35 +9,61 @@ from typing import Any, TypeVar, cast
 T = TypeVar("T")
 
 _CLASSES: dict[type, type] = {}
-_LOCK = threading.RLock()
+_MAKE = "_opreg_make"
+LOCK = threading.RLock()
+"""Held while anything is made."""
 
 
-def later(cls: type[T], make: Callable[[], T]) -> T:
-    """An instance of `cls` that becomes what `make` returns, in place, when one of its attributes is first asked for.
+def later(cls: type[T], make: Callable[[Any], T]) -> T:
+    """An instance of `cls` that becomes what `make`, given the instance, returns, when an attribute is first asked for.
 
     For classes whose instances keep everything in their __dict__. Until then `type()` of it is a subclass of `cls`.
+    `make` may fill the instance itself and return it. Its exception goes to who asked, and anew to who asks next.
     """
-    made = object.__new__(_CLASSES.get(cls) or _awaiting(cls))
-    made.__dict__["_opreg_make"] = make
+    made: Any = object.__new__(_CLASSES.get(cls) or _awaiting(cls))
+    made.__dict__[_MAKE] = make
     return cast(T, made)
+
+
+def is_awaiting(value: Any) -> bool:
+    """Whether nobody has looked at it."""
+    return _MAKE in value.__dict__
 
 
 def become(awaiting: Any, made: Any) -> None:
     """Let `awaiting` be what `made` is, which nobody else may hold."""
+    awaiting.__dict__.pop(_MAKE, None)
     awaiting.__dict__.update(made.__dict__)
-    awaiting.__dict__.pop("_opreg_make", None)
     awaiting.__class__ = type(made)
 
 
-def _awaiting(cls: type) -> type:
-    def __getattr__(self: Any, name: str) -> Any:
-        with _LOCK:
-            make = self.__dict__.get("_opreg_make")
-            if make is not None:
-                made = make()
-                if made is not self:  # `make` may have let it become by itself
-                    become(self, made)
-        return getattr(self, name)
+def _awaiting(cls: Any) -> type:
+    def look(self: Any) -> None:
+        with LOCK:
+            make = self.__dict__.pop(_MAKE, None)
+            if make is None:
+                return  # being made, or another thread has done it
+            try:
+                made = make(self)
+            except BaseException:
+                self.__dict__[_MAKE] = make
+                raise
+            if made is self:
+                self.__class__ = cls
+            else:
+                become(self, made)
 
-    made = type(cls.__name__, (cls,), {"__getattr__": __getattr__, "__module__": cls.__module__})
-    return _CLASSES.setdefault(cls, made)
+    def __getattr__(self: Any, name: str) -> Any:
+        look(self)
+        return object.__getattribute__(self, name)
+
+    def __eq__(self: Any, other: object) -> Any:
+        look(self)
+        return cls.__eq__(self, other)
+
+    def __hash__(self: Any) -> int:
+        look(self)
+        return int(cls.__hash__(self))
+
+    methods = {"__getattr__": __getattr__, "__eq__": __eq__, "__hash__": __hash__, "__module__": cls.__module__}
+    return _CLASSES.setdefault(cls, type(cls.__name__, (cls,), methods))

@@ -44,7 +44,8 @@ class _Namespace(torch._ops._OpNamespace):
 
     def __getattr__(self, name: str) -> Any:
         qualname = f"{self.name}::{name}"
-        packet = super().__getattr__(name)
+        define_recorded(qualname)
+        packet: Any = super().__getattr__(name)
         awaiting = _AWAITING.pop(qualname, None)
         if awaiting is not None:
             become(awaiting, packet.default)
@@ -53,6 +54,7 @@ class _Namespace(torch._ops._OpNamespace):
 
 
 _AWAITING: dict[str, torch._ops.OpOverload] = {}
+_RECORDED: dict[str, Any] = {}  # ops that have only been recorded (deferred.py), and are defined by a look at one
 _DEFINED: set[str] = torch.library._defs
 _IMPLEMENTED: set[str] = torch.library._impls
 
@@ -63,7 +65,7 @@ def define(qualname: str, schema: str, tags: Sequence[torch.Tag] = ()) -> torch.
     Library.define looks the name up first, and twice more than that; its checks of two tags are kept.
     """
     namespace, name = split_name(qualname)
-    library = _library(namespace)
+    library: Any = _library(namespace)
     ops = getattr(torch.ops, namespace)
     packet, _, which = name.partition(".")
     met = packet in ops.__dict__
@@ -75,10 +77,28 @@ def define(qualname: str, schema: str, tags: Sequence[torch.Tag] = ()) -> torch.
     _DEFINED.add(qualname)
     if which or met:
         return overload(qualname)
+    _RECORDED.pop(qualname, None)
+    return _AWAITING.get(qualname) or _await(qualname)
+
+
+def _await(qualname: str) -> torch._ops.OpOverload:
+    ops = getattr(torch.ops, qualname.partition("::")[0])
     if type(ops) is torch._ops._OpNamespace:
         ops.__class__ = _Namespace
-    made = _AWAITING[qualname] = later(torch._ops.OpOverload, lambda: overload(qualname))
+    made = _AWAITING[qualname] = later(torch._ops.OpOverload, lambda _: overload(qualname))
     return made
+
+
+def await_overload(qualname: str, op: Any) -> torch._ops.OpOverload:
+    """The OpOverload of an operator that is defined when it or `op` is first looked at, here or in torch.ops."""
+    _RECORDED[qualname] = op
+    return _await(qualname)
+
+
+def define_recorded(qualname: str) -> bool:
+    """Define an operator that has only been recorded."""
+    recorded = _RECORDED.get(qualname)
+    return recorded is None or recorded.calls is not None
 
 
 def overload(qualname: str) -> torch._ops.OpOverload:
@@ -93,7 +113,7 @@ def overload(qualname: str) -> torch._ops.OpOverload:
 def implement(qualname: str, fn: Callable[..., Any], key: str = "CompositeExplicitAutograd") -> None:
     """Make `fn` what the dispatcher calls for `qualname` under `key`: Library.impl without its look-ups, 8 us less."""
     namespace, name = split_name(qualname)
-    library = _library(namespace)
+    library: Any = _library(namespace)
     library.m.impl(name, key, fn, False)
     entry = f"{namespace}/{name}/{key}"
     library._op_impls.add(entry)

@@ -6,6 +6,7 @@ import functools
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import FunctionType
 from typing import Any, Generic, Protocol, cast, overload
 
 import torch
@@ -14,6 +15,7 @@ from typing_extensions import ParamSpec, TypeVar
 from . import (
     _compat,
     call,
+    deferred,
     devices,
     digest,
     fake,
@@ -62,8 +64,8 @@ class Op(Generic[P, R]):
         if spec.has_body:
             self.kernels.append(KernelSpec(REFERENCE, None, body, (), None, REFERENCE_PRIORITY, spec.source))
 
-    def define(self) -> None:
-        """Make the torch operator. Called once, by register_op."""
+    def define(self, public: FunctionType | None = None) -> None:
+        """Make the torch operator. Called once, by register_op. public: what users hold of a deferred op."""
         try:
             self.overload = library.define(self.name, self.spec.schema, self.spec.tags)
         except RuntimeError:
@@ -73,7 +75,7 @@ class Op(Generic[P, R]):
                 f"{self.name} is already a torch operator, defined outside opreg with schema "
                 f"{library.overload(self.name)._schema}; choose another name"
             ) from None
-        self.calls = call.Calls(self)
+        self.calls = call.Calls(self, public)
         library.implement(self.name, self.calls.entry)
         self.calls.on_meta = library.enter_fake(self.name, fake.make_fake(self), self.spec.source)
         xla_writes.catch(self)
@@ -307,15 +309,6 @@ class OpFunction(Protocol[P, R_co]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
 
 
-def _qualify(name: str | None, fn: Callable[..., Any]) -> str:
-    if name is None:
-        name = f"{fn.__module__.split('.')[0].strip('_') or 'main'}::{fn.__name__}"
-    namespace, colons, tail = name.partition("::")
-    if not (colons and namespace.isidentifier() and tail.isidentifier()):
-        raise RegistrationError(f"'{name}' is no operator name; write 'namespace::name', both Python identifiers")
-    return name
-
-
 @overload
 def register_op(name: Callable[P, R], /) -> OpFunction[P, R]: ...
 @overload
@@ -380,21 +373,42 @@ def _register(
 ) -> Any:
     if not hasattr(fn, "__code__"):
         raise SignatureError(f"register_op decorates Python functions; got {type(fn).__name__}: {fn!r}")
-    qualname = _qualify(name, fn)
+    qualname = registry.qualify(name, fn)
     if kind == "attention" and torch.Tag.cudagraph_unsafe not in tags:
         # Attention reads per-step metadata on the host, which a captured CUDA graph would freeze.
         tags = (*tags, torch.Tag.cudagraph_unsafe)
-    spec = signature.read_op(qualname, fn, mutates_args=mutates_args, kind=kind, tags=tags, schema=schema)
-    op: Op[Any, Any] = Op(spec, fn)
+
+    told = (qualname, fn, mutates_args, device_types, schema, tags, kind)
+    if registry.is_deferred():
+        recorded = deferred.Recorded(Op, qualname, fn, _make, told)
+        if registry.record(qualname, recorded.op):
+            return recorded.public
+    return _make(object.__new__(Op), None, *told).function
+
+
+def _make(
+    op: Op[Any, Any],
+    public: FunctionType | None,
+    name: str,
+    fn: Callable[..., Any],
+    mutates_args: str | Iterable[str] | Mapping[str, str],
+    device_types: str | Iterable[str] | None,
+    schema: str | None,
+    tags: tuple[torch.Tag, ...],
+    kind: str | None,
+) -> Op[Any, Any]:
+    """Register `op`, which is empty yet, or return the one that is registered already."""
+    spec = signature.read_op(name, fn, mutates_args=mutates_args, kind=kind, tags=tags, schema=schema)
+    Op.__init__(op, spec, fn)
     if device_types is not None and op.kernels:
         types = (device_types,) if isinstance(device_types, str) else tuple(device_types)
-        checked = tuple(devices.check(t, qualname) for t in types)
+        checked = tuple(devices.check(t, name) for t in types)
         op.kernels = [KernelSpec(REFERENCE, checked, fn, (), None, REFERENCE_PRIORITY, spec.source)]
     known = registry.add(op)
     if known is op:
         try:
-            op.define()
+            op.define(public)
         except BaseException:
             registry.discard(op)
             raise
-    return known.function
+    return known

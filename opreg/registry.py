@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .errors import DuplicateOpError, UnknownOpError, listing, nearest
+from .errors import DuplicateOpError, RegistrationError, UnknownOpError, listing, nearest
+from .later import is_awaiting
 
 if TYPE_CHECKING:
     from .op import Op
@@ -15,6 +19,7 @@ GROUP = "opreg.ops"
 """Entry-point group: one line in a package's metadata makes its ops appear."""
 
 _OPS: dict[str, Op] = {}
+_DEFERRED: ContextVar[bool] = ContextVar("opreg_deferred", default=False)
 _LOCK = threading.RLock()
 _LOADED: dict[str, BaseException | None] = {}
 
@@ -32,6 +37,16 @@ def touch() -> None:
     global _generation
     with _LOCK:
         _generation += 1
+
+
+def qualify(name: str | None, fn: Callable[..., Any]) -> str:
+    """The operator name that was given, checked, or "<top package>::<function>"."""
+    if name is None:
+        name = f"{fn.__module__.split('.')[0].strip('_') or 'main'}::{fn.__name__}"
+    namespace, colons, tail = name.partition("::")
+    if not (colons and namespace.isidentifier() and tail.isidentifier()):
+        raise RegistrationError(f"'{name}' is no operator name; write 'namespace::name', both Python identifiers")
+    return name
 
 
 def add(op: Op) -> Op:
@@ -57,6 +72,26 @@ def _differences(known: Op, new: Op) -> str:
     return "another contract or body"
 
 
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Let register_op record ops inside the `with` block and register each at its first use (deferred.py)."""
+    token = _DEFERRED.set(True)
+    try:
+        yield
+    finally:
+        _DEFERRED.reset(token)
+
+
+def is_deferred() -> bool:
+    """Whether register_op is to record only."""
+    return _DEFERRED.get()
+
+
+def defined_ops() -> list[Op]:
+    """Every op that torch knows: all but those that are deferred and unused."""
+    return [op for op in all_ops() if not is_awaiting(op)]
+
+
 def all_ops() -> list[Op]:
     """Every registered op, by name."""
     with _LOCK:
@@ -68,7 +103,7 @@ def get(name: str) -> Op:
     with _LOCK:
         if name in _OPS:
             return _OPS[name]
-        short = [op for op in _OPS.values() if op.name.split("::")[-1] == name]
+        short = [_OPS[known] for known in _OPS if known.split("::")[-1] == name]
     if len(short) == 1:
         return short[0]
     if short:
@@ -81,8 +116,19 @@ def packages() -> list[EntryPoint]:
     return sorted(entry_points(group=GROUP), key=lambda point: (point.name != "opreg", point.name))
 
 
-def load_packages() -> dict[str, BaseException | None]:
-    """Import every installed op package once. {name: None or the exception}: one broken plug-in hides no other."""
+def load_packages(deferred: bool = False) -> dict[str, BaseException | None]:
+    """Import every installed op package once. {name: None or the exception}: one broken plug-in hides no other.
+
+    deferred: for a process that uses few of the ops: each is registered at its first use.
+    """
+    context = _DEFERRED.set(deferred)
+    try:
+        return _load_packages()
+    finally:
+        _DEFERRED.reset(context)
+
+
+def _load_packages() -> dict[str, BaseException | None]:
     for point in packages():
         if point.name not in _LOADED:
             try:
@@ -92,6 +138,12 @@ def load_packages() -> dict[str, BaseException | None]:
             else:
                 _LOADED[point.name] = None
     return dict(_LOADED)
+
+
+def record(name: str, op: Op) -> bool:
+    """Enter a deferred op; False if the name is taken."""
+    with _LOCK:
+        return _OPS.setdefault(name, op) is op
 
 
 def discard(op: Op) -> None:

@@ -24,6 +24,8 @@ from .spec import KINDS, REQUIRED, STARTS, ArgSpec, Like, OpSpec, ReturnSpec
 # A parameter with one of these names and a str or int type names a layer, and would bake it into the graph (HAZARDS 3).
 _LAYER_NAMES = {"layer", "layer_name", "layer_id", "layer_idx", "layer_index", "layer_number", "layer_num", "prefix"}
 
+_EMPTY = inspect.Parameter.empty
+
 _GENERATORS = {torch.Generator: "Generator", typing.Optional[torch.Generator]: "Generator?"}  # noqa: UP045
 
 
@@ -286,12 +288,12 @@ def _read_parameter(
         raise front.refuse(parameter.name, "is an input with like(...)", "like() belongs to outputs")
     if parameter.name in starts and not _is_tensor_type(hint.bare):
         raise front.refuse(parameter.name, f"is in mutates_args but is {hint.bare}", "only tensors can be mutated")
-    default = REQUIRED if parameter.default is parameter.empty else parameter.default
+    default = REQUIRED if parameter.default is _EMPTY else parameter.default
     if isinstance(default, enum.Enum):
         default = default.value
     if hint.choices is not None and default is not REQUIRED and default is not None and default not in hint.choices:
         raise front.refuse(parameter.name, f"has default {default!r}", f"choose one of {list(hint.choices)}")
-    written = _schema_of_parameter(front, parameter, hint, parameter.empty if default is REQUIRED else default)
+    written = _schema_of_parameter(front, parameter, hint, _EMPTY if default is REQUIRED else default)
     arg = ArgSpec(
         name=parameter.name,
         type=written.split(" ", 1)[0],
@@ -316,18 +318,18 @@ _ASKED: dict[Any, tuple[str, str]] = {}
 def _schema_of_parameter(front: Front, parameter: Parameter, hint: _Hint, default: Any) -> str:
     """'Tensor? bias=None', 'SymInt n', ...; torch is asked for one parameter at a time so that the message is short."""
     bare = hint.bare
-    if hint.as_tuple and default is not parameter.empty and default is not None:
+    if hint.as_tuple and default is not _EMPTY and default is not None:
         return _tuple_with_default(front, parameter, hint, default)
     if hint.length is not None:
         return _schema_of_parameter(front, parameter, replace(hint, length=None), default).replace(
             "[]", f"[{hint.length}]", 1
         )
-    if bare == typing.Optional[list[torch.Tensor]] and default in (parameter.empty, None):  # noqa: UP045
+    if bare == typing.Optional[list[torch.Tensor]] and default in (_EMPTY, None):  # noqa: UP045
         # Every torch has the type in schemas and knows it everywhere else; infer_schema does not.
-        return f"Tensor[]? {parameter.name}{'' if default is parameter.empty else '=None'}"
-    if bare in _GENERATORS and default in (parameter.empty, None):
+        return f"Tensor[]? {parameter.name}{'' if default is _EMPTY else '=None'}"
+    if bare in _GENERATORS and default in (_EMPTY, None):
         # Every torch has the type in schemas; infer_schema knows none, or from 2.13 on only one that is not optional.
-        return f"{_GENERATORS[bare]} {parameter.name}{'' if default is parameter.empty else '=None'}"
+        return f"{_GENERATORS[bare]} {parameter.name}{'' if default is _EMPTY else '=None'}"
     asked = (bare, type(default), repr(default))
     if asked in _ASKED:
         kind, rest = _ASKED[asked]
@@ -337,7 +339,7 @@ def _schema_of_parameter(front: Front, parameter: Parameter, hint: _Hint, defaul
         _check_default(alone)
         schema = library.infer_schema(inspect.Signature([alone], return_annotation=None), ())
     except (ValueError, TypeError):
-        shown = "" if default is parameter.empty else f" and default {default!r}"
+        shown = "" if default is _EMPTY else f" and default {default!r}"
         raise front.refuse(
             parameter.name,
             f"has type {_show(bare)}{shown}, which torch schemas lack",
@@ -351,7 +353,7 @@ def _schema_of_parameter(front: Front, parameter: Parameter, hint: _Hint, defaul
 
 def _tuple_with_default(front: Front, parameter: Parameter, hint: _Hint, default: Any) -> str:
     """'SymInt[2] size=[1, 1]': infer_schema takes no default that is a sequence, the schema parser does."""
-    text = _schema_of_parameter(front, parameter, hint, parameter.empty)
+    text = _schema_of_parameter(front, parameter, hint, _EMPTY)
     element = next(arg for arg in (typing.get_args(hint.bare)[0], hint.bare) if typing.get_origin(arg) is list)
     (kind,) = typing.get_args(element)
     allowed = {int: (int,), float: (int, float), bool: (bool,)}.get(kind, ())
@@ -373,7 +375,7 @@ def _check_default(parameter: inspect.Parameter) -> None:
     allowed = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}
     inner = [arg for arg in typing.get_args(parameter.annotation) if arg is not type(None)] or [parameter.annotation]
     default = parameter.default
-    if default is parameter.empty or default is None or inner[0] not in allowed or len(inner) > 1:
+    if default is _EMPTY or default is None or inner[0] not in allowed or len(inner) > 1:
         return
     if not isinstance(default, allowed[inner[0]]) or (isinstance(default, bool) and inner[0] is not bool):
         raise TypeError(f"default {default!r} is no {inner[0].__name__}")

@@ -233,7 +233,7 @@ class _runner:
 
     def __enter__(self) -> None:
         self.op.calls.reset()
-        self.op.calls.runners[self.device] = self.stand_in
+        self.op.calls.use(self.device, self.stand_in)
 
     def __exit__(self, *exc: object) -> None:
         self.op.calls.reset()

@@ -89,22 +89,18 @@ def test_compiled_equals_eager(op: Op[Any, Any], backend: str) -> None:
 @every_op
 # A float argument would make torch trace twice to learn that it may stay a number; the two would count as two graphs.
 @torch._dynamo.config.patch(specialize_float=True)
-def test_one_graph_for_many_sizes(op: Op[Any, Any]) -> None:
+def test_one_graph_for_many_sizes(op: Op[Any, Any], request: pytest.FixtureRequest) -> None:
     """Other numbers of tokens never compile again. The kernel is replaced: such sizes need not mean anything to it."""
     call = next(iter(calls(op)))
     counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     compiled = torch.compile(of_tensors(op, call.args), backend=counter, fullgraph=True, dynamic=True)
-    stand_in = op.gather(lambda args: make_outputs(op, args))
-    op.calls.runners["cpu"] = stand_in
-    op.calls._set("cpu", stand_in)
-    try:
-        for rows in (101, 7, 640, 53):  # none is the size of another dim, which torch would take for the same symbol
-            args = resize(op, call.args, rows)
-            expected = [tensor.shape for tensor in tensors_of(make_outputs(op, args))]
-            assert [tensor.shape for tensor in tensors_of(compiled(*only_tensors(args)))] == expected
-    finally:
-        op.calls.reset()
+    op.calls.use("cpu", op.gather(lambda args: make_outputs(op, args)))
+    request.addfinalizer(op.calls.reset)
+    for rows in (101, 7, 640, 53):  # none is the size of another dim, which torch would take for the same symbol
+        args = resize(op, call.args, rows)
+        expected = [tensor.shape for tensor in tensors_of(make_outputs(op, args))]
+        assert [tensor.shape for tensor in tensors_of(compiled(*only_tensors(args)))] == expected
     assert counter.frame_count == 1
 
 

@@ -1,0 +1,199 @@
+"""Deferred ops: recorded without a look at their signature, registered at the first use, the same from then on."""
+
+import itertools
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from opreg import DuplicateOpError, RegistrationError, SignatureError, register_op, registry, splitting_ops
+from opreg.cli import main
+
+X = torch.arange(3.0)
+_serial = itertools.count()
+
+
+def known(name: str) -> bool:
+    """Whether the dispatcher has the operator; asks nothing that would define it."""
+    return name in {entry.split(".")[0] for entry in torch._C._dispatch_get_all_op_names()}
+
+
+@pytest.fixture
+def name() -> str:
+    return f"t_deferred::op_{next(_serial)}"
+
+
+def recorded(name: str, **how: Any) -> Any:
+    with registry.deferred():
+
+        @register_op(name, **how)
+        def doubled(x: Tensor, by: float = 2.0) -> Tensor:
+            """Twice."""
+            return x * by
+
+    assert not known(name)
+    return doubled
+
+
+USES = {
+    "call": lambda op, name: op(X),
+    "torch.ops": lambda op, name: getattr(torch.ops.t_deferred, name.split("::")[1]),
+    "overload": lambda op, name: op.overload._schema,
+    "hash": lambda op, name: hash(op.overload),
+    "spec": lambda op, name: op.spec.schema,
+    "explain": lambda op, name: op.explain(),
+    "op": lambda op, name: op.op.kernels,
+    "list": lambda op, name: splitting_ops(),
+    "show": lambda op, name: main(["show", name]),
+    "compile": lambda op, name: torch.compile(lambda x: op(x), backend="eager", fullgraph=True)(X),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_an_op_is_registered_at_its_first_use(name: str, use: str) -> None:
+    op, overload, spec = recorded(name), None, None
+    overload, spec = op.overload, op.spec
+    assert not known(name)
+    USES[use](op, name)
+    assert known(name)
+    assert torch.equal(op(X), 2 * X)
+    packet = getattr(torch.ops.t_deferred, name.split("::")[1])
+    assert packet.default is op.overload is overload is op.op.overload
+    assert type(overload) is torch._ops.OpOverload
+    assert spec == op.spec == op.op.spec
+    assert registry.get(name) is op.op
+    assert op(X, by=3.0).tolist() == [0, 3, 6]
+
+
+def test_it_looks_like_the_function_and_like_any_op(name: str) -> None:
+    op, other = recorded(name), register_op(f"{name}_other")(recorded(f"{name}_third").__wrapped__)
+    assert (op.__name__, op.__doc__, op.__module__) == ("doubled", "Twice.", __name__)
+    assert set(vars(other)) - set(vars(op)) <= {v for v in vars(other) if v.startswith("_torchdynamo")}
+    op(X)
+    assert set(vars(other)) == set(vars(op))
+
+
+def test_compiled_graphs_hold_the_operator_and_follow_sizes(name: str) -> None:
+    op = recorded(name)
+    compiled = torch.compile(lambda x: op(x) + 1, backend="aot_eager", fullgraph=True)
+    for rows in (3, 4, 5):
+        x = torch.randn(rows)
+        torch.testing.assert_close(compiled(x), 2 * x + 1)
+    program = torch.export.export(torch.nn.ReLU(), (X,))
+    assert program is not None
+
+
+def test_what_is_registered_for_it_is_recorded_too(name: str) -> None:
+    op = recorded(name)
+    decorate = op.register_kernel("cpu", priority=3)
+
+    def fast(x: Tensor, by: float = 2.0) -> Tensor:
+        return x * by + 1
+
+    assert decorate(fast) is fast
+    assert op.register_inputs(inputs) is inputs
+    op.tolerance(torch.float32, 0.1, "a test")
+    op.register_autograd(lambda ctx, grad: grad * 5)
+    register = op.register_fake
+    assert not known(name)
+    assert torch.equal(op(X), 2 * X + 1)
+    assert op.op.tolerances == {torch.float32: (0.1, "a test")}
+    assert [list(call) for call in op.samples()] == [["x"]]
+    x = X.clone().requires_grad_()
+    op(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [5, 5, 5]
+
+    def other(x: Tensor) -> Tensor:
+        return x
+
+    with pytest.raises(SignatureError, match="fake has parameters"):
+        register(other)  # held since before the first use
+
+
+def inputs(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Any:
+    yield {"x": X}
+
+
+def test_what_registration_refuses_is_refused_at_every_use(name: str) -> None:
+    with registry.deferred():
+
+        @register_op(name)
+        def bad(x: Tensor, layer_name: str) -> Tensor: ...
+
+    for use in (
+        lambda: bad(X, "a"),
+        lambda: bad.spec.schema,
+        lambda: bad.explain(),
+        lambda: registry.get(name).kernels,
+    ):
+        with pytest.raises(SignatureError, match="write layer_name: LayerName"):
+            use()
+    assert not known(name)
+    registry._OPS.pop(name)
+
+
+def test_a_kernel_that_is_refused_is_refused_at_every_use(name: str) -> None:
+    op = recorded(name)
+    op.register_kernel("cpu", "somewhere:a", priority=1)
+    op.register_kernel("cpu", "somewhere:b", priority=1)
+    for _ in range(2):
+        with pytest.raises(RegistrationError, match="both have priority 1"):
+            op(X)
+    with pytest.raises(RegistrationError, match="both have priority 1"):
+        getattr(torch.ops.t_deferred, name.split("::")[1])
+    registry._OPS.pop(name)
+
+
+def test_names_are_refused_at_once_and_the_second_declaration_as_ever(name: str) -> None:
+    op = recorded(name)
+    with registry.deferred(), pytest.raises(RegistrationError, match="write 'namespace::name'"):
+        register_op("doubled")(op.__wrapped__)
+    with registry.deferred():
+        assert register_op(name)(op.__wrapped__) is op
+    with pytest.raises(DuplicateOpError, match="already registered"):
+        register_op(name)(one)
+
+
+def one(x: Tensor) -> Tensor:
+    return x
+
+
+def test_threads_that_use_it_first_at_once(name: str) -> None:
+    op, results = recorded(name), []
+    barrier = threading.Barrier(4)
+
+    def work() -> None:
+        barrier.wait()
+        results.append(torch.equal(op(X), 2 * X))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [True] * 4
+
+
+def test_packages_may_be_loaded_deferred(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    class Point:
+        def load(self) -> None:
+            @register_op(name)
+            def plugged(x: Tensor) -> Tensor:
+                return x + 1
+
+            made.append(plugged)
+
+    point: Any = Point()
+    point.name = name
+    monkeypatch.setattr(registry, "packages", lambda: [point])
+    assert registry.load_packages(deferred=True)[name] is None
+    assert not known(name)
+    assert name not in {op.name for op in registry.defined_ops()}
+    assert torch.equal(made[0](X), X + 1)
+    assert name in {op.name for op in registry.defined_ops()}
+    assert not registry.is_deferred()

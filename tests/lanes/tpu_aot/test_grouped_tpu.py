@@ -1,4 +1,4 @@
-"""opreg::grouped_matmul's and opreg::segment_sum's JAX kernels under the real TPU compiler, in a process of their own."""
+"""The JAX kernels of grouped matmul and segment sum under the real TPU compiler, in a process of their own."""
 
 from __future__ import annotations
 

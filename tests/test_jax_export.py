@@ -98,8 +98,10 @@ else:
 
 
 NAMED = """
-import sys
+import gc, sys
 import torch
+if torch.__version__ < "2.10":
+    gc.disable()  # while 2.9 decomposes, a collection clears FakeTensors in use: opreg._compat.around_opcheck
 import jax, jax.numpy as jnp
 import opreg
 

@@ -158,7 +158,11 @@ def quantise(x: jax.Array, dtype: Any, scale: float | None) -> jax.Array:
     """`x / scale` in `dtype`, held inside the range of an 8-bit type."""
     if x.dtype == dtype and scale is None:
         return x
-    scaled = x.astype(jnp.float32) / (1.0 if scale is None else scale)
+    scaled = x.astype(jnp.float32)
+    if scale is not None:
+        # By a constant XLA would not divide but multiply with its reciprocal, which rounds some halves the other way;
+        # an optimization barrier is gone when it does so. A divisor that depends on data it divides by.
+        scaled = scaled / jnp.where(jnp.isnan(scaled), 1.0, scale)
     if dtype == jnp.int8:
         return jnp.clip(jnp.round(scaled), -128, 127).astype(dtype)
     largest = LARGEST.get(jnp.dtype(dtype).name)

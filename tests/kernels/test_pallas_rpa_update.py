@@ -101,6 +101,15 @@ def test_quantise_saturates_and_rounds_to_even():
     assert quantise(values, jnp.float8_e5m2, 2.0).astype(jnp.float32)[:2].tolist() == [57344.0, -57344.0]
 
 
+def test_quantise_divides_when_compiled():
+    """-0.375 / 0.03 is -12.5 in float32; times the reciprocal it is a little more, and rounds to -13."""
+    every = np.arange(2**16, dtype=np.uint16).view(jnp.bfloat16)
+    values = every[np.abs(every.astype(np.float32)) < 4]
+    wanted = np.clip(np.rint(values.astype(np.float32) / np.float32(0.03)), -128, 127).astype(np.int8)
+    made = jax.jit(lambda x: quantise(x, jnp.int8, 0.03))(values)
+    np.testing.assert_array_equal(made, wanted)
+
+
 def test_keys_of_another_shape_are_refused():
     q, k, v, *rest = make_step("NHD", "bfloat16")
     with pytest.raises(ValueError, match=r"v is \(57, 2, 128\); 58 tokens for kv_pages"):

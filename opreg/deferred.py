@@ -1,9 +1,9 @@
 """Ops that are recorded and not yet registered: for packages of many ops, of which a process uses a few.
 
 Inside `with registry.deferred():`, and so in packages loaded with `registry.load_packages(deferred=True)`, register_op
-returns its function after 6 us. The op is registered at its first use: a call, a look at `torch.ops.ns.op` or at the
-function's `spec` or `overload`, a graph that is split, `opreg list`. What registration would refuse is refused then,
-and again at every later use; `opreg check` and the package's own tests, which import it as usual, find it before.
+returns its function after 6 to 11 us. The op is registered at its first use: a call, a look at `torch.ops.ns.op` or at
+the function's `spec` or `overload`, a graph that is split, `opreg list`. What registration would refuse is refused
+then, and again at every later use; `opreg check` and the package's own tests, which import it as usual, find it before.
 C++ that looks an operator up by name, such as a loaded AOTInductor package, finds only what Python has used.
 """
 

@@ -28,7 +28,7 @@ def modules_checked() -> Iterator[None]:
             raise FileNotFoundError(path)
         return original(key, path, *args, **kwargs)
 
-    PyCodeCache.load_by_key_path = load  # type: ignore[method-assign, assignment]
+    PyCodeCache.load_by_key_path = load  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -39,7 +39,7 @@ class Library:
     """A compiled library: where it is and what its bytes are is kept in a file named by its source."""
 
     def __init__(self, source: str) -> None:
-        from torch._inductor.codecache import cache_dir
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
 
         self.facts = Path(cache_dir()) / "opreg" / f"{hashlib.sha256(source.encode()).hexdigest()}.json"
 

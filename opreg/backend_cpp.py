@@ -62,7 +62,7 @@ def kernels_built_together() -> Iterator[None]:
         waiting.append(Later(argtypes, source_code, sys._getframe(1).f_globals, alone))
         return waiting[-1]
 
-    AsyncCompile.cpp_pybinding = collect  # type: ignore[method-assign, assignment]
+    AsyncCompile.cpp_pybinding = collect  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -93,7 +93,7 @@ def _start(kernels: Sequence[Later]) -> Callable[[], list[Kernel]]:
     from torch._inductor.exc import CppCompileError
 
     class Together(CppPythonBindingsCodeCache):
-        cache: ClassVar[dict[str, Any]] = {}
+        cache: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
         entry_function = _entry(0)
         path = ""
 

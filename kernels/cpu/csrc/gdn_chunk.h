@@ -144,8 +144,9 @@ template <class Dot> static void chunk_keys(const Unit& u, const Chunk& b, int64
 #endif
     for (int64_t i = 0; i < m; i += 4) {
         const int64_t cols = up(i + 4, VL);  // later tokens are not looked at
+        constexpr int N = VL == 16 ? 2 : 1;  // 8 N sums are all that the registers hold
         int64_t col = 0;
-        for (; col + 2 * VL <= cols; col += 2 * VL) key_products<Dot, 2>(b, i, col);
+        for (; col + N * VL <= cols; col += N * VL) key_products<Dot, N>(b, i, col);
         if (col < cols) key_products<Dot, 1>(b, i, col);
     }
 }
@@ -222,8 +223,10 @@ static void chunk_columns(const Unit& u, const Chunk& b, int64_t h, int64_t col,
     const int64_t item = int64_t(gdn::size_of(c.state)), slot = more ? -1 : u.s->final;
     const char* kept = c.ssm_state + (slot * c.ssm_slot + (head * c.v + col) * c.k) * item;
     const int64_t bytes = slot < 0 ? 0 : (c.v - col < cols ? c.v - col : cols) * c.k * item;
+    const int64_t each = up(bytes / (u.kp / 4), 64);
+    int64_t asked = 0;
     for (int64_t i = 0; i < u.kp; i += 4) {
-        for (int64_t at = up(bytes * i / u.kp, 64); at < bytes * (i + 4) / u.kp; at += 64) __builtin_prefetch(kept + at, 1);
+        for (int64_t end = asked + each; asked < end && asked < bytes; asked += 64) __builtin_prefetch(kept + asked, 1);
         vf s[4][N] = {};
         if (has_state)
             for (int r = 0; r < 4; r++)

@@ -61,6 +61,6 @@ def check_parameters(name: str, args: list[ArgSpec]) -> None:
     """torch hands what an op writes, by keyword, through a function that has a parameter of its own named `mode`."""
     if any(arg.name == "mode" for arg in args) and any(arg.mutated for arg in args):
         raise RegistrationError(
-            f"{name}: parameter 'mode' of an op that writes its arguments or its layer clashes with one of torch.compile's "
-            "own, and every compilation fails; rename it"
+            f"{name}: parameter 'mode' of an op that writes its arguments or its layer clashes with one of "
+            "torch.compile's own, and every compilation fails; rename it"
         )

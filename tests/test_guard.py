@@ -274,9 +274,25 @@ def test_a_failing_compiler_is_an_error_with_its_words(monkeypatch: pytest.Monke
 
 
 def test_what_is_compiled_at_first_use_is_compiled_ahead(capsys: Any) -> None:
-    assert main(["build", "--json"]) == 0
+    assert main(["build", "opreg::rms_norm", "opreg::ragged_paged_attention", "--json"]) == 0
     built = json.loads(capsys.readouterr().out)
     assert built["guard"] == str(guard_build.target())
-    assert {"opreg::rms_norm cpu/rms_norm", "opreg::ragged_paged_attention cpu/rpa_cpp"} <= set(built["kernels"])
+    assert set(built["kernels"]) == {"opreg::rms_norm cpu/rms_norm", "opreg::ragged_paged_attention cpu/rpa_cpp"}
+    assert built["failed"] == {}
     assert main(["build", "--guard"]) == 0
     assert capsys.readouterr().out == f"native guard: {guard_build.target()}\n"
+
+
+def test_an_op_that_cannot_be_called_hides_no_other(capsys: Any) -> None:
+    @register_op("t_guard::unready")
+    def unready(x: Tensor) -> Tensor:
+        return x + 1
+
+    @unready.register_inputs
+    def _(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Any:
+        raise OSError("no licence")
+
+    assert main(["build", "t_guard::unready", "opreg::rms_norm"]) == 1
+    said = capsys.readouterr()
+    assert "ready: opreg::rms_norm cpu/rms_norm" in said.out
+    assert "opreg: t_guard::unready: OSError: no licence" in said.err

@@ -44,6 +44,11 @@ def dtensor_needs_a_result() -> bool:
     return torch_version() <= (2, 9)
 
 
+def checked_tags() -> frozenset[torch.Tag]:
+    """The tags for which Library.define looks at the schema: "out" and "inplace", which torch 2.8 and 2.9 lack."""
+    return frozenset(tag for tag in (getattr(torch.Tag, name, None) for name in ("out", "inplace")) if tag is not None)
+
+
 def forget_dispatch(op: torch._ops.OpOverload) -> None:
     """Let compilers see what was registered since they first met `op`.
 

@@ -37,6 +37,11 @@ _PICKED_INSIDE = """\
         return _run({arguments})
 """
 
+_TANGENTS = """\
+    if _forward_ad._current_level >= 0:
+        _no_tangents(({tensors}))
+"""
+
 # With a formula, torch calls what it registered first, and this one in a place where no gradient is recorded.
 _GRADLESS = """\
     if {wanted}:
@@ -167,6 +172,7 @@ class Calls:
             _default_device=_default_device,
             _look=self._look,
             _lost_gradient=functools.partial(no_formula.written, self.op),
+            _no_tangents=functools.partial(no_formula.tangents, self.op),
             _runner=self.runner,
             _runners=self.runners,
             _unchecked=self.unchecked,
@@ -189,6 +195,8 @@ class Calls:
         if wanted and guard.loses_gradients(spec):
             everything = "".join(f"{arg.name}, " for arg in spec.args)
             gradless = (_GRADLESS_WRITES if spec.mutates else _GRADLESS).format(wanted=wanted, everything=everything)
+        if tensors:
+            gradless = _TANGENTS.format(tensors=tensors) + gradless
         picked = _PICKED_INSIDE if inside is not None else ""
         self.entry.__code__ = self._any_device(
             "_runner", self._cached_run("_runners"), gradless=gradless, picked=picked, tensors=tensors
@@ -203,7 +211,7 @@ class Calls:
             on_xla = f"    if type({first.name}) is _Tensor and {first.name}.is_xla:\n{textwrap.indent(direct, '    ')}"
             direct = _PICKED + (on_xla if spec.mutates else "")
         self.public.__code__ = self._code(
-            _PUBLIC.replace("{direct}", direct + _LOOK), tensors=tensors, first=first.name
+            _PUBLIC.replace("{direct}", direct + _LOOK + _TANGENTS), tensors=tensors, first=first.name
         )
         return self
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch._C import _are_functorch_transforms_active, _has_torch_function_unary, _is_tracing, _len_torch_dispatch_stack
-from torch.autograd import profiler
+from torch.autograd import forward_ad, profiler
 
 from . import guard_build, library
 from .errors import RegistrationError
@@ -28,7 +28,7 @@ from .spec import ArgSpec, OpSpec
 SETTINGS = ("native", "python", "off")
 
 # What opreg itself registers for an op, or lets its user register.
-_OWN = ("CompositeExplicitAutograd", "Meta", "Autograd", "AutogradXLA", "FuncTorchBatched")
+_OWN = ("CompositeExplicitAutograd", "Meta", "Autograd", "AutogradXLA", "XLA", "FuncTorchBatched")
 _OTHERS = tuple(sorted(set(torch._C.DispatchKey.__members__) - set(_OWN)))
 
 _loaded: list[Any] = []  # the native guard's module, or the reason why it is not used
@@ -74,7 +74,7 @@ def _load() -> Any:
         module = guard_build.load()
         plain, parameter = torch.empty(2), torch.nn.Parameter(torch.empty(2))
         samples = [(tensor, tensor._cdata) for tensor in (plain, parameter, plain[1:])]
-        module.bind(torch.Tensor, torch.nn.Parameter, library.implementations(), samples)
+        module.bind(torch.Tensor, torch.nn.Parameter, library.implementations(), vars(forward_ad), samples)
     except guard_build.NotBuilt as reason:
         return str(reason)
     return module
@@ -115,9 +115,9 @@ def loses_gradients(spec: OpSpec) -> bool:
 def condition(spec: OpSpec, first: ArgSpec) -> str:
     """Python's guard: the condition under which a direct call is the same as one through the dispatcher.
 
-    Cheapest first (quiet ns): exact types 8 each, the profiler flag 3, registrations 12, function modes 16, the mode
-    queries 30 each, grad mode 31. Whether some tensor wants a gradient is asked in grad mode only. It does
-    not see conjugate and negative views, which the native guard does: kernels that read memory resolve them.
+    Cheapest first (quiet ns): exact types 8 each, the profiler flag 3, two other globals 12 each, function modes 16,
+    the mode queries 30 each, grad mode 31. Whether some tensor wants a gradient is asked in grad mode only. It does not
+    see conjugate and negative views, which the native guard does: kernels that read memory resolve them.
     """
     types = []
     for arg in tensors(spec):
@@ -128,6 +128,7 @@ def condition(spec: OpSpec, first: ArgSpec) -> str:
     modes = [
         "not _profiler._is_profiler_enabled",
         "len(_implementations) == _seen",
+        "_forward_ad._current_level < 0",
         # Of a plain tensor it asks for modes alone.
         f"not _function_mode({first.name})",
         "not _functorch()",
@@ -157,6 +158,7 @@ NAMES: dict[str, Any] = {
     "_any_requires_grad": torch._C._any_requires_grad,  # of five tensors 85 ns, the attributes 210
     "_dispatch_modes": _len_torch_dispatch_stack,
     "_function_mode": _has_torch_function_unary,
+    "_forward_ad": forward_ad,
     "_functorch": _are_functorch_transforms_active,
     "_grad_enabled": torch.is_grad_enabled,
     "_implementations": library.implementations(),

@@ -69,7 +69,7 @@ def define(qualname: str, schema: str, tags: Sequence[torch.Tag] = ()) -> torch.
     ops = getattr(torch.ops, namespace)
     packet, _, which = name.partition(".")
     met = packet in ops.__dict__
-    if (which and met) or (tags and (torch.Tag.out in tags or torch.Tag.inplace in tags)):
+    if (which and met) or not _compat.checked_tags().isdisjoint(tags):
         library.define(f"{name}{schema}", tags=tuple(tags))
         return overload(qualname)
     library.m.define(f"{name}{schema}", "", tuple(tags))

@@ -124,6 +124,16 @@ def _refuse_in_graphs(op: Op) -> None:
     library.autograd(op.name, backward, setup_context)
 
 
+def tangents(op: Op, args: Sequence[Any]) -> None:
+    """AutogradError for dual tensors: their tangents would be dropped, and a derivative be zero without a word."""
+    for tensor in _tensors(args):
+        if torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
+            raise AutogradError(
+                f"{op.name}: called with a dual tensor, but operators have no forward-mode derivative; take reverse "
+                "mode (torch.autograd.grad, torch.func.vjp), or hand in the primal alone"
+            )
+
+
 def written(op: Op) -> None:
     """Log, once per op, that it was called with inputs that require gradients, which do not reach what it writes."""
     if op.gradless_logged:

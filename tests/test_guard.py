@@ -12,12 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opreg import RegistrationError, guard, guard_build, register_op
 from opreg.cli import main
+from opreg.errors import AutogradError
 
 X = torch.arange(6.0).reshape(2, 3)
 _serial = itertools.count()
@@ -296,3 +298,24 @@ def test_an_op_that_cannot_be_called_hides_no_other(capsys: Any) -> None:
     said = capsys.readouterr()
     assert "ready: opreg::rms_norm cpu/rms_norm" in said.out
     assert "opreg: t_guard::unready: OSError: no licence" in said.err
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # which make_dual calls
+def test_tangents_are_refused_and_not_dropped(kind: str) -> None:
+    @register_op(f"t_guard_{kind}::twice")
+    def twice(x: Tensor, more: list[Tensor] | None = None) -> Tensor:
+        return x * 2
+
+    x = torch.ones(3)
+    for call in (twice, twice.overload):
+        call(x)
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, x)
+            assert call(x).tolist() == [2, 2, 2]
+            for args in ((dual,), (x, [dual])):
+                with pytest.raises(AutogradError, match=r"twice: called with a dual tensor, .*reverse mode"):
+                    call(*args)
+        assert call(x).tolist() == [2, 2, 2]
+    # Here the tangent is gone before the operator's own implementation is called: torch.ops would not see it.
+    with pytest.raises(AutogradError, match="dual tensor"):
+        torch.func.jvp(twice, (x,), (x,))

@@ -27,6 +27,8 @@ namespace {
 PyTypeObject* tensor_type = nullptr;
 PyTypeObject* parameter_type = nullptr;
 PyObject* implementations = nullptr;  // torch's set of what has been registered through torch.library
+PyObject* forward_ad = nullptr;       // the globals of torch.autograd.forward_ad
+PyObject* current_level = nullptr;    // "_current_level"
 Py_ssize_t offset = 0;                // of the TensorImpl* in a tensor object
 
 const uint64_t kInPlaceOrView = c10::DispatchKeySet(c10::DispatchKey::ADInplaceOrView).raw_repr();
@@ -85,7 +87,16 @@ bool hinders(const Pick* self, PyObject* value, char kind, bool grad_mode) {
   return grad_mode && impl->requires_grad();
 }
 
+// Whether some caller computes forward-mode derivatives, so that tensors may carry tangents.
+bool in_dual_level() {
+  PyObject* level = PyDict_GetItem(forward_ad, current_level);
+  return level == nullptr || !PyLong_Check(level) || PyLong_AsLong(level) >= 0;
+}
+
 PyObject* choose(const Pick* self, PyObject* const* args) {
+  if (in_dual_level()) {
+    return Py_None;
+  }
   if (self->outside) {
     if (self->seen != PySet_GET_SIZE(implementations)) {
       PyObject* done = PyObject_CallNoArgs(self->look);
@@ -228,11 +239,15 @@ PyType_Slot pick_slots[] = {
 PyType_Spec pick_spec = {
     "opreg_guard.Pick", sizeof(Pick), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL, pick_slots};
 
-// bind(Tensor, Parameter, implementations, [(tensor, tensor._cdata), ...]): where in a tensor object its TensorImpl* is.
+// bind(Tensor, Parameter, implementations, vars(forward_ad), [(tensor, tensor._cdata), ...]): where in a tensor object its TensorImpl* is.
 PyObject* bind(PyObject*, PyObject* args) {
-  PyObject *tensor = nullptr, *parameter = nullptr, *registered = nullptr, *samples = nullptr;
-  if (!PyArg_ParseTuple(args, "O!O!O!O!", &PyType_Type, &tensor, &PyType_Type, &parameter, &PySet_Type, &registered,
-                        &PyList_Type, &samples)) {
+  PyObject *tensor = nullptr, *parameter = nullptr, *registered = nullptr, *duals = nullptr, *samples = nullptr;
+  if (!PyArg_ParseTuple(args, "O!O!O!O!O!", &PyType_Type, &tensor, &PyType_Type, &parameter, &PySet_Type, &registered,
+                        &PyDict_Type, &duals, &PyList_Type, &samples)) {
+    return nullptr;
+  }
+  current_level = PyUnicode_InternFromString("_current_level");
+  if (current_level == nullptr) {
     return nullptr;
   }
   const Py_ssize_t end = reinterpret_cast<PyTypeObject*>(tensor)->tp_basicsize;
@@ -261,9 +276,11 @@ PyObject* bind(PyObject*, PyObject* args) {
   Py_INCREF(tensor);
   Py_INCREF(parameter);
   Py_INCREF(registered);
+  Py_INCREF(duals);
   tensor_type = reinterpret_cast<PyTypeObject*>(tensor);
   parameter_type = reinterpret_cast<PyTypeObject*>(parameter);
   implementations = registered;
+  forward_ad = duals;
   Py_RETURN_NONE;
 }
 

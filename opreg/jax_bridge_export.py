@@ -24,7 +24,8 @@ from .jax_bridge_programs import Program, by_name, find_function
 from .jax_bridge_shapes import evaluate, infer, symbolic_inputs, x64
 
 if TYPE_CHECKING:
-    from .op import Op, OpFunction
+    from .op import Op
+    from .op_function import OpFunction
 
 NAME = "opreg::jax_exported"
 PLATFORMS = {"cpu": "cpu", "cuda": "cuda", "xla": "tpu", "tpu": "tpu"}

@@ -20,7 +20,8 @@ from .jax_bridge_export import call_carried, let_carry
 from .jax_bridge_op import OP, gradients, vmap
 from .jax_bridge_programs import Program, find_function, find_program
 from .jax_bridge_shapes import evaluate, infer
-from .op import OpFunction, register_op
+from .op import register_op
+from .op_function import OpFunction
 
 DEVICES = ("cpu", "cuda", "xla", "tpu")
 """Device types for which jax_bridge_executors has an executor; a kernel made from a JAX function serves all of them."""

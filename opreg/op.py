@@ -7,10 +7,9 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import FunctionType
-from typing import Any, Generic, Protocol, cast, overload
+from typing import Any, Generic, cast, overload
 
 import torch
-from typing_extensions import ParamSpec, TypeVar
 
 from . import (
     _compat,
@@ -29,14 +28,8 @@ from . import (
     xla_writes,
 )
 from .errors import DuplicateOpError, RegistrationError, SignatureError
+from .op_function import Inputs, OpFunction, P, R
 from .spec import REFERENCE, REFERENCE_PRIORITY, Fusion, KernelSpec, OpSpec, same_kernel
-
-# Defaults, so that `Op` alone means an op of any signature.
-P = ParamSpec("P", default=...)
-R = TypeVar("R", default=Any)
-R_co = TypeVar("R_co", covariant=True, default=Any)
-
-Inputs = Callable[[torch.device, torch.dtype, torch.Generator], Iterable[dict[str, Any]]]
 
 
 class Op(Generic[P, R]):
@@ -286,27 +279,6 @@ _METHODS = (
     "explain",
     "check",
 )
-
-
-class OpFunction(Protocol[P, R_co]):
-    """Type of what register_op returns: called like the decorated function, with Op's methods as attributes."""
-
-    op: Op[Any, Any]
-    name: str
-    spec: OpSpec
-    overload: torch._ops.OpOverload
-    register_kernel: Callable[..., Any]
-    register_fake: Callable[..., Any]
-    register_autograd: Callable[..., None]
-    register_vmap: Callable[..., Any]
-    register_sharding: Callable[..., None]
-    register_inputs: Callable[[Inputs], Inputs]
-    samples: Callable[..., Iterator[dict[str, Any]]]
-    tolerance: Callable[..., None]
-    explain: Callable[..., select.Explanation]
-    check: Callable[[], Any]
-
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
 
 
 @overload

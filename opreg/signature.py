@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union
 
 import torch
 
-from . import consistency, hints, library, returns, spellings
+from . import consistency, hints, parameter_schema, returns, spellings
 from .context import LayerNameMark
 from .errors import RegistrationError, SignatureError, nearest
 from .hints import Parameter
@@ -26,11 +26,9 @@ _LAYER_NAMES = {"layer", "layer_name", "layer_id", "layer_idx", "layer_index", "
 
 _EMPTY = inspect.Parameter.empty
 
-_GENERATORS = {torch.Generator: "Generator", typing.Optional[torch.Generator]: "Generator?"}  # noqa: UP045
-
 
 @dataclass(frozen=True)
-class _Hint:
+class Hint:
     """An annotation taken apart: the bare type for torch and what opreg reads from the metadata."""
 
     bare: Any
@@ -42,7 +40,7 @@ class _Hint:
     length: int | None = None
 
 
-_TAKEN_APART: dict[Any, _Hint] = {}
+_TAKEN_APART: dict[Any, Hint] = {}
 """What is known of annotations: most parameters of a package have one of a few."""
 
 
@@ -68,7 +66,7 @@ class Front:
                 f"'{self.fn.__module__}'; import it there at top level (annotations are read when the op is registered)"
             ) from error
 
-    def take_apart(self, parameter: str, hint: Any) -> _Hint:
+    def take_apart(self, parameter: str, hint: Any) -> Hint:
         try:
             known = _TAKEN_APART.get(hint)
         except TypeError:  # an annotation that has no hash
@@ -77,7 +75,7 @@ class Front:
             known = _TAKEN_APART[hint] = self._take_apart(parameter, hint)
         return known
 
-    def _take_apart(self, parameter: str, hint: Any) -> _Hint:
+    def _take_apart(self, parameter: str, hint: Any) -> Hint:
         if _is_jaxtyping(hint):
             return self._jaxtyping(parameter, hint)
         origin = typing.get_origin(hint)
@@ -93,9 +91,9 @@ class Front:
             return self._tuple(parameter, typing.get_args(hint))
         if isinstance(hint, type) and issubclass(hint, enum.Enum):
             return self._enum(parameter, hint)
-        return _Hint(hint)
+        return Hint(hint)
 
-    def _list(self, parameter: str, element: Any) -> _Hint:
+    def _list(self, parameter: str, element: Any) -> Hint:
         inner = self.take_apart(parameter, element)
         if inner.layer:
             raise self.refuse(parameter, "is a list of layer names", "pass one LayerName per parameter")
@@ -104,7 +102,7 @@ class Front:
             raise self.refuse(parameter, "is a list of choices", f"{cure} and look at the values inside")
         return replace(inner, bare=types.GenericAlias(list, (inner.bare,)))
 
-    def _tuple(self, parameter: str, elements: tuple[Any, ...]) -> _Hint:
+    def _tuple(self, parameter: str, elements: tuple[Any, ...]) -> Hint:
         """A list of known length to torch; the body and the kernels get a tuple."""
         if not elements:
             raise self.refuse(parameter, "is a tuple of nobody knows what", "write tuple[int, int] or tuple[int, ...]")
@@ -115,10 +113,10 @@ class Front:
             )
         return replace(self._list(parameter, elements[0]), as_tuple=True, length=None if any_length else len(elements))
 
-    def _annotated(self, parameter: str, hint: Any) -> _Hint:
+    def _annotated(self, parameter: str, hint: Any) -> Hint:
         base, *metadata = typing.get_args(hint)
         if any(isinstance(item, LayerNameMark) for item in metadata):
-            return _Hint(torch.Tensor, layer=True)
+            return Hint(torch.Tensor, layer=True)
         found = self.take_apart(parameter, base)
         for item in metadata:
             if isinstance(item, str):
@@ -129,10 +127,10 @@ class Front:
             raise self.refuse(parameter, f"has a shape contract but is not a tensor: {hint}", "annotate tensors only")
         return found
 
-    def _union(self, parameter: str, hint: Any) -> _Hint:
+    def _union(self, parameter: str, hint: Any) -> Hint:
         inner = [arg for arg in typing.get_args(hint) if arg is not type(None)]
         if set(inner) == {int, float, bool}:
-            return _Hint(hint)  # the one union that torch has: a Scalar
+            return Hint(hint)  # the one union that torch has: a Scalar
         if len(inner) != 1 or len(inner) == len(typing.get_args(hint)):
             raise self.refuse(parameter, f"is a union: {hint}", spellings.of_union(typing.get_args(hint)))
         found = self.take_apart(parameter, inner[0])
@@ -140,13 +138,13 @@ class Front:
             raise self.refuse(parameter, "is an optional layer name", "a layer op always names its layer")
         return replace(found, bare=typing.Optional[found.bare])  # noqa: UP045 - the form that infer_schema knows
 
-    def _literal(self, parameter: str, values: tuple[Any, ...]) -> _Hint:
+    def _literal(self, parameter: str, values: tuple[Any, ...]) -> Hint:
         kinds = {type(value) for value in values}
         if len(kinds) != 1 or not kinds <= {str, int}:
             raise self.refuse(parameter, f"is Literal{list(values)}", "use literals that are all str or all int")
-        return _Hint(kinds.pop(), choices=values)
+        return Hint(kinds.pop(), choices=values)
 
-    def _enum(self, parameter: str, hint: type[enum.Enum]) -> _Hint:
+    def _enum(self, parameter: str, hint: type[enum.Enum]) -> Hint:
         values = tuple(member.value for member in hint)
         base = str if issubclass(hint, str) else int if issubclass(hint, int) else None
         if base is None:
@@ -155,9 +153,9 @@ class Front:
                 f"is the enum {hint.__name__}, whose members are not strings or integers",
                 f"derive it from str or int, as in class {hint.__name__}(str, Enum)",
             )
-        return _Hint(base, choices=values)
+        return Hint(base, choices=values)
 
-    def _jaxtyping(self, parameter: str, hint: Any) -> _Hint:
+    def _jaxtyping(self, parameter: str, hint: Any) -> Hint:
         found = self.take_apart(parameter, hint.array_type)
         text = " ".join(t.lstrip("#") if t != "#" else t for t in hint.dim_str.split())
         return replace(found, shape=self.contract(parameter, text))
@@ -294,7 +292,7 @@ def _read_parameter(
         default = default.value
     if hint.choices is not None and default is not REQUIRED and default is not None and default not in hint.choices:
         raise front.refuse(parameter.name, f"has default {default!r}", f"choose one of {list(hint.choices)}")
-    written = _schema_of_parameter(front, parameter, hint, _EMPTY if default is REQUIRED else default)
+    written = parameter_schema.schema(front, parameter, hint, _EMPTY if default is REQUIRED else default)
     arg = ArgSpec(
         name=parameter.name,
         type=written.split(" ", 1)[0],
@@ -310,80 +308,6 @@ def _read_parameter(
         length=hint.length,
     )
     return arg, written
-
-
-# (annotation, type and text of the default): what torch makes of such a parameter, 30 us a question.
-_ASKED: dict[Any, tuple[str, str]] = {}
-
-
-def _schema_of_parameter(front: Front, parameter: Parameter, hint: _Hint, default: Any) -> str:
-    """'Tensor? bias=None', 'SymInt n', ...; torch is asked for one parameter at a time so that the message is short."""
-    bare = hint.bare
-    if hint.as_tuple and default is not _EMPTY and default is not None:
-        return _tuple_with_default(front, parameter, hint, default)
-    if hint.length is not None:
-        return _schema_of_parameter(front, parameter, replace(hint, length=None), default).replace(
-            "[]", f"[{hint.length}]", 1
-        )
-    if bare == typing.Optional[list[torch.Tensor]] and default in (_EMPTY, None):  # noqa: UP045
-        # Every torch has the type in schemas and knows it everywhere else; infer_schema does not.
-        return f"Tensor[]? {parameter.name}{'' if default is _EMPTY else '=None'}"
-    if bare in _GENERATORS and default in (_EMPTY, None):
-        # Every torch has the type in schemas; infer_schema knows none, or from 2.13 on only one that is not optional.
-        return f"{_GENERATORS[bare]} {parameter.name}{'' if default is _EMPTY else '=None'}"
-    asked = (bare, type(default), repr(default))
-    if asked in _ASKED:
-        kind, rest = _ASKED[asked]
-        return f"{kind} {parameter.name}{rest}"
-    alone = inspect.Parameter(parameter.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=bare)
-    try:
-        _check_default(alone)
-        schema = library.infer_schema(inspect.Signature([alone], return_annotation=None), ())
-    except (ValueError, TypeError):
-        shown = "" if default is _EMPTY else f" and default {default!r}"
-        raise front.refuse(
-            parameter.name,
-            f"has type {_show(bare)}{shown}, which torch schemas lack",
-            spellings.of_parameter(bare, default),
-        ) from None
-    text = schema[1 : schema.rindex(") ->")]
-    kind, _, rest = text.partition(" ")
-    _ASKED[asked] = kind, rest.removeprefix(parameter.name)
-    return text
-
-
-def _tuple_with_default(front: Front, parameter: Parameter, hint: _Hint, default: Any) -> str:
-    """'SymInt[2] size=[1, 1]': infer_schema takes no default that is a sequence, the schema parser does."""
-    text = _schema_of_parameter(front, parameter, hint, _EMPTY)
-    element = next(arg for arg in (typing.get_args(hint.bare)[0], hint.bare) if typing.get_origin(arg) is list)
-    (kind,) = typing.get_args(element)
-    allowed = {int: (int,), float: (int, float), bool: (bool,)}.get(kind, ())
-    right = isinstance(default, tuple) and all(
-        isinstance(one, allowed) and (kind is bool or not isinstance(one, bool)) for one in default
-    )
-    if not right or (hint.length is not None and len(default) != hint.length):
-        many = "any number" if hint.length is None else hint.length
-        raise front.refuse(
-            parameter.name,
-            f"has default {default!r}",
-            f"give a tuple of {many} x {_show(kind)}" if allowed else "leave the default out, or write '... | None'",
-        )
-    return f"{text}=[{', '.join(str(kind(one)) for one in default)}]"
-
-
-def _check_default(parameter: inspect.Parameter) -> None:
-    """TypeError for a default of another type; neither infer_schema nor the schema parser looks (`int n="a"`)."""
-    allowed = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}
-    inner = [arg for arg in typing.get_args(parameter.annotation) if arg is not type(None)] or [parameter.annotation]
-    default = parameter.default
-    if default is _EMPTY or default is None or inner[0] not in allowed or len(inner) > 1:
-        return
-    if not isinstance(default, allowed[inner[0]]) or (isinstance(default, bool) and inner[0] is not bool):
-        raise TypeError(f"default {default!r} is no {inner[0].__name__}")
-
-
-def _show(annotation: Any) -> str:
-    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 
 def _schema(args: list[ArgSpec], written: list[str], values: tuple[ReturnSpec, ...], many: bool) -> str:

@@ -55,12 +55,3 @@ def check_effect(name: str, args: list[ArgSpec], returns: tuple[ReturnSpec, ...]
             f"{name}: returns nothing and mutates nothing, so every compiler removes it; name what it writes in "
             f"{written}, or return a tensor that the caller uses"
         )
-
-
-def check_parameters(name: str, args: list[ArgSpec]) -> None:
-    """torch hands what an op writes, by keyword, through a function that has a parameter of its own named `mode`."""
-    if any(arg.name == "mode" for arg in args) and any(arg.mutated for arg in args):
-        raise RegistrationError(
-            f"{name}: parameter 'mode' of an op that writes its arguments or its layer clashes with one of "
-            "torch.compile's own, and every compilation fails; rename it"
-        )

@@ -5,6 +5,7 @@ Also the contract check itself, used at trace time on symbolic sizes and in eage
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ from .spec import ArgSpec, Like, OpSpec, ReturnSpec
 
 if TYPE_CHECKING:
     from .op import Op
+
+_log = logging.getLogger("opreg")
 
 _SHORT = {
     torch.float32: "f32",
@@ -140,6 +143,16 @@ def fake_source(op: Op) -> str:
     return "body"
 
 
+def _warn_of_mode(op: Op) -> None:
+    """torch hands what an op that writes is given, by keyword, to functions with a parameter `mode` of their own."""
+    if any(arg.name == "mode" for arg in op.spec.args) and any(arg.mutated for arg in op.spec.args):
+        _log.warning(
+            "%s: a parameter named 'mode', of an op that writes its arguments, makes torch.compile fail: "
+            "\"multiple values for argument 'mode'\" (a clash of names inside AOTAutograd); rename it",
+            op.name,
+        )
+
+
 _running_body = threading.local()
 
 
@@ -154,6 +167,7 @@ def make_fake(op: Op) -> Callable[..., Any]:
         sharding.install_if_distributed(op)
         digest.in_cache_key()
         no_formula.traced(op, args)
+        _warn_of_mode(op)
         binding = bind(op.spec, args)
         source = fake_source(op)
         if source == "register_fake":

@@ -217,7 +217,6 @@ def read_op(
     if kind == "attention" or any(arg.mutated for arg in args):
         # A layer that is written to keeps a cache, as a rule; only an op that merely returns something may be pure.
         args = [replace(arg, mutated=arg.mutated or arg.layer) for arg in args]
-    consistency.check_parameters(name, args)
     consistency.check_starts(name, args)
     results, returns_tuple, named = returns.read(front, evaluated)
     consistency.check_names(name, args, results)

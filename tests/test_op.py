@@ -377,3 +377,16 @@ def test_use_kernel_inside_a_compiled_call():
     with use_kernel("t_op::which", "reference"):
         assert compiled(X).unique().tolist() == [0.0]
     assert compiled(X).unique().tolist() == [1.0]
+
+
+def test_a_parameter_named_mode_works_in_eager_and_is_explained_where_compilers_fail(caplog):
+    @register_op("t::with_mode", mutates_args="out")
+    def with_mode(x: Tensor, out: Tensor, mode: int) -> None:
+        out.copy_(x * mode)
+
+    out = torch.zeros(3)
+    with_mode(torch.ones(3), out, 3)
+    assert out.tolist() == [3, 3, 3]
+    with pytest.raises(Exception, match="argument 'mode'"):
+        torch.compile(lambda x, out: with_mode(x, out, 3), backend="aot_eager")(torch.ones(3), out)
+    assert any("t::with_mode: a parameter named 'mode'" in record.getMessage() for record in caplog.records)

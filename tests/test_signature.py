@@ -202,7 +202,6 @@ def test_undefined_annotation_names_the_module():
         read(f)
 
 
-def with_mode(x: Tensor, out: Tensor, mode: str) -> None: ...
 def nothing(x: Tensor) -> None: ...
 def two_layers(x: Tensor, a: LayerName, b: LayerName) -> Tensor: ...
 def unknown_dim(x: Annotated[Tensor, "t head"]) -> Annotated[Tensor, "t haed"]: ...
@@ -214,7 +213,6 @@ def like_nothing(x: Annotated[Tensor, "t"]) -> Annotated[Tensor, "t", like("q")]
 @pytest.mark.parametrize(
     ("fn", "arguments", "message"),
     [
-        (with_mode, {"mutates_args": "out"}, "parameter 'mode' of an op that writes .* clashes .*; rename it"),
         (nothing, {}, "returns nothing and mutates nothing, so every compiler removes it"),
         (two_layers, {}, "more than one LayerName"),
         (unknown_dim, {}, r"dim 'haed' is defined by no input; inputs define \['head', 't'\]. Did you mean 'head'\?"),

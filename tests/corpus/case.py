@@ -8,7 +8,7 @@ import torch
 
 from opreg import library
 from opreg.errors import OpregError
-from opreg.testing import check_op
+from opreg.testing import check_op, process
 from opreg.testing.samples import arguments, registered_calls
 from opreg.testing.variants import from_contract
 
@@ -50,7 +50,8 @@ def opcheck_finds(build: Callable[[str], Any], namespace: str) -> str:
         named = dict(zip([arg.name for arg in op.spec.args], call.fresh(), strict=True))
         keywords = {arg.name: named.pop(arg.name) for arg in op.spec.args if arg.keyword_only}
         try:
-            found = library.opcheck(op.overload, tuple(named.values()), keywords)
+            with process.kept(everything=True):  # some operators change the process they run in
+                found = library.opcheck(op.overload, tuple(named.values()), keywords)
         except Exception as error:  # opcheck itself may fail on a broken operator
             return f"error: {type(error).__name__}"
         failed = [name for name, text in found.items() if text != "SUCCESS"]

@@ -34,6 +34,16 @@ def test_the_twenty_lines_run(tmp_path: Path) -> None:
     assert "opreg::rms_norm" in done.stdout
 
 
+def test_the_page_on_running_models_is_true(tmp_path: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "running.md").read_text(), re.DOTALL)
+    (tmp_path / "running.py").write_text(code)
+    done = subprocess.run([sys.executable, "running.py"], cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    marked, graphs, refused = done.stdout.splitlines()
+    assert (marked, graphs) == ("True", "1")
+    assert refused.startswith("inside no_recompiles(): torch.compile met a call that needs a new graph")
+
+
 def test_the_table_of_shipped_ops_is_what_list_shows() -> None:
     shown = [row[:3] for row in table("| op | kind |")]
     ops = [

@@ -14,7 +14,9 @@ import torch
 from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from opreg import _compat
 from opreg.backend_artifacts import modules_checked
 from opreg.backend_cpp import kernels_built_together
 from opreg.backend_inductor import compile_piece
@@ -89,6 +91,12 @@ def opreg_backend(gm: GraphModule, example_inputs: Sequence[Any], options: Mappi
     unsure = _given_by_ops(split)
 
     def compile_one(index: int, module: GraphModule, values: list[Any]) -> Callable[..., Any]:
+        lowered = compiler is not _as_it_is and not _compat.compiles_pieces_of_dtensors()
+        if lowered and any(is_traceable_wrapper_subclass(value) for value in values):
+            raise BackendError(
+                'torch.compile(backend="opreg"): a piece takes a DTensor, which torch before 2.10 cannot compile '
+                'there; use torch 2.10 or later, hand local tensors to the model, or options={"inner": "eager"}'
+            )
         if compiler is compile_piece:
             # Inductor's own CUDA graphs would be recorded inside of ours.
             return compile_piece(module, values, checked=index not in unsure, own_graphs=recording is None)

@@ -58,13 +58,18 @@ def close(got: dict[str, Any], want: dict[str, Any]) -> None:
     """Outputs and states of two calls. Of a slot's convolution rows the first width - 1 mean something."""
     limit = 1e-3 if want["z"].dtype == FP16 else 5e-3
     assert not got["core_attn_out"].isnan().any(), "core_attn_out has rows that nobody wrote"
-    assert rms(got["core_attn_out"], want["core_attn_out"]) < limit
+    off = rms(got["core_attn_out"], want["core_attn_out"])
+    assert off < limit, f"core_attn_out is off by {off:.2e}"
     assert torch.equal(got["z"], want["z"])
     keep = got["conv_weights"].shape[1] - 1
     assert torch.equal(got["conv_state"][:, :keep].nan_to_num(7.0), want["conv_state"][:, :keep].nan_to_num(7.0))
-    kept = 1e-5 if want["ssm_state"].dtype == FP32 else 5e-3
+    # The convolution's result is rounded to the model's dtype. A value in the middle between two such numbers may go
+    # either way, as sums in float32 depend on the memory's alignment: one in 50 runs did, and moved the states by 8e-5.
+    exact = 1e-5 if want["z"].dtype == FP32 else 3e-4
+    kept = exact if want["ssm_state"].dtype == FP32 else 5e-3
     assert torch.equal(got["ssm_state"].isnan(), want["ssm_state"].isnan())
-    assert rms(got["ssm_state"].nan_to_num(), want["ssm_state"].nan_to_num()) < kept
+    off = rms(got["ssm_state"].nan_to_num(), want["ssm_state"].nan_to_num())
+    assert off < kept, f"ssm_state is off by {off:.2e}"
 
 
 def run(call: dict[str, Any], change: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from opreg.cli import main
 from opreg.errors import UnknownOpError
 from opreg.testing import Report, check_op, summary
 from opreg.testing.compare import difference
+from opreg.testing.outcome import Outcome, differ
 
 pytest_plugins = ["pytester"]
 
@@ -225,3 +226,14 @@ def test_integers_are_exact_and_shapes_and_dtypes_count() -> None:
     assert "float64 instead of" in (difference([torch.zeros(2)], [torch.zeros(2).double()], 1.0) or "")
     results: list[Any] = []
     assert difference(results, [torch.zeros(1)], 1.0) == "1 tensors instead of 0"
+
+
+def test_results_in_other_places_differ_though_the_tensors_are_equal() -> None:
+    x = torch.ones(2)
+    one, other = Outcome((x, None), [], []), Outcome((None, x), [], [])
+    assert differ(one, other, 0.0) == "gives (None, Tensor) instead of (Tensor, None)"
+    assert differ(one, Outcome([x, None], [], []), 0.0) is None
+    assert differ(Outcome((x, 3), [], []), Outcome((x, 4), [], []), 0.0) is not None
+    assert differ(Outcome((x, 3), [], []), Outcome((x, 3.0), [], []), 0.0) == (
+        "gives (Tensor, float) instead of (Tensor, int)"
+    )

@@ -64,7 +64,8 @@ def _fields(front: Front, made: Any) -> dict[str, Any]:
 def _value(front: Front, element: Any, parameter: str, place: str, name: str = "") -> ReturnSpec:
     part = front.take_apart(parameter, element)
     if part.bare not in _TYPES or part.as_tuple:
-        shown = part.bare.__name__ if isinstance(part.bare, type) else part.bare
+        plain = isinstance(part.bare, type) and not typing.get_args(part.bare)  # list[int] is a type to Python 3.10
+        shown = part.bare.__name__ if plain else part.bare
         raise SignatureError(
             f"{front.name}: returns {shown}{place}, which torch schemas lack; {spellings.of_return(part.bare)}"
         )

@@ -138,6 +138,18 @@ def identity_under_dynamo(ctx: Any, name: str) -> Any:
     return variable.as_python_constant()
 
 
+def forget_guards(module: str) -> None:
+    """Let the graph that Dynamo is making not look at the globals of `module`, whose functions it traced, at each call.
+
+    For a module of ours whose globals nobody replaces. Guards on its functions, and on torch and the classes that they
+    name, took 0.9 us of the entry into a graph. Private and the same from torch 2.8 to 2.13.
+    """
+    from torch._dynamo.source import GlobalSource
+
+    guards = torch._guards.TracingContext.get().guards_context.dynamo_guards
+    guards.remove_guards_with_source(GlobalSource(f"__import_{module.replace('.', '_dot_')}"))
+
+
 @contextmanager
 def around_opcheck() -> Iterator[None]:
     """What torch.library.opcheck must run inside of: no cyclic garbage collection. Delete with torch 2.9.

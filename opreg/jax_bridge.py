@@ -15,7 +15,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad as _forward_ad
 from torch.autograd import profiler as _profiler
 
-from ._compat import constant_under_dynamo, identity_under_dynamo, trace_instead
+from ._compat import constant_under_dynamo, forget_guards, identity_under_dynamo, trace_instead
 from .jax_bridge_arrays import JaxArgumentError, check_tensor, runtime
 from .jax_bridge_cache import (
     JaxCacheInfo,
@@ -163,6 +163,14 @@ def _bad_tensors(label: str, treedef: Any, leaves: list[Any]) -> JaxArgumentErro
 
 _CLASSES: dict[str, type] = {}
 """Classes that results are rebuilt with inside a graph; Dynamo takes classes from globals, not from constants."""
+_CLASS_NAMES: dict[type, str] = {}
+
+
+def _class_name(kind: type) -> str:
+    """The key of a class in _CLASSES. Not its qualified name alone, which two calls of one function can both define."""
+    name = _CLASS_NAMES.setdefault(kind, f"{kind.__module__}.{kind.__qualname__}#{len(_CLASS_NAMES)}")
+    _CLASSES[name] = kind
+    return name
 
 
 class _Operand:
@@ -186,6 +194,10 @@ def _note_method(ctx: Any) -> None:
 
 def _note_value(ctx: Any) -> None:
     identity_under_dynamo(ctx, "value")
+
+
+def _forget_guards(ctx: Any) -> None:
+    forget_guards(__name__)
 
 
 @constant_under_dynamo
@@ -254,9 +266,7 @@ def _describe(value: Any, name: str) -> tuple[Any, ...]:
     if kind in (tuple, list):
         return (kind.__name__, tuple(_describe(item, name) for item in value))
     if isinstance(value, tuple) and hasattr(kind, "_fields"):
-        where = f"{kind.__module__}.{kind.__qualname__}"
-        _CLASSES[where] = kind
-        return ("class", where, tuple(_describe(item, name) for item in value))
+        return ("class", _class_name(kind), tuple(_describe(item, name) for item in value))
     raise JaxArgumentError(
         f"call_jax({name.partition('#')[0]}): the result holds a {kind.__module__}.{kind.__qualname__}, which "
         "torch.compile cannot rebuild inside a graph; return tuples, lists, dicts or NamedTuples there"
@@ -283,16 +293,20 @@ def _traced(fn: Callable[..., Any], args: Sequence[Any] = (), kwargs: Mapping[st
         args = (*fn.args, *args)
         kwargs = {**fn.keywords, **kwargs}
         fn = fn.func
+    if type(kwargs) is not dict:
+        kwargs = dict(kwargs)  # Dynamo guards on what it imports for this
     if isinstance(fn, types.MethodType):
         owner, fn = fn.__self__, fn.__func__  # noqa: F841 - _note_method reads it
         torch._dynamo.comptime.comptime(_note_method)
     else:
         torch._dynamo.comptime.comptime(_note_function)
     found: list[torch.Tensor] = []
-    name, order = _plan(_take_apart((tuple(args), dict(kwargs)), found))
+    name, order = _plan(_take_apart((tuple(args), kwargs), found))
     tensors = [found[index] for index in order] if order else [torch.empty(0)]
-    results = OP(tensors, name)
-    return _rebuild(_result(name), results)
+    results = OP(tensors, name)  # its fake finds the pytree that _result describes
+    rebuilt = _rebuild(_result(name), results)
+    torch._dynamo.comptime.comptime(_forget_guards)
+    return rebuilt
 
 
 trace_instead(call_jax, _traced)

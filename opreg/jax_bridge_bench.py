@@ -1,7 +1,7 @@
 """`opreg bench --framework jax`: what a call of a JAX function costs, beside bare jax.jit and other bridges.
 
-8x8 float32, two arguments, one result, results awaited. Then calls inside a compiled graph, 64 MiB arguments beside a
-copy of them, and where torch_xla is installed, what recording a call costs in a lazy graph, beside torch_xla's own
+8x8 float32, two arguments, one result, results awaited. Then calls inside a compiled graph and what entering one costs,
+64 MiB arguments beside a copy of them, and where torch_xla is installed, what recording a call costs in a lazy graph, beside torch_xla's own
 call_jax, and what moving a tensor to XLA's device costs.
 """
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from . import library
 from .bench import Timing, interleave, per_call, summary
 from .bench_rows import Row, rows
 from .jax_bridge import call_jax
@@ -50,6 +51,7 @@ def jax_calls() -> Iterator[Row]:
         with torch.no_grad():
             yield from _small()
             yield from _in_a_graph()
+            yield from _entered()
             yield from _large()
             if importlib.util.find_spec("torch_xla"):
                 yield from _recorded()
@@ -92,12 +94,10 @@ def _torchax_call(jitted: Callable[..., Any], a: Tensor, b: Tensor) -> Callable[
 
 
 def _in_a_graph(many: int = 20) -> Iterator[Row]:
-    """Cost of one call inside an Inductor graph: (a graph with `many` calls - one with 1) / (many - 1)."""
+    """Cost of one call inside an Inductor graph, (a graph with `many` calls - one with 1) / (many - 1), and of a graph
+    with one, entry included."""
     a, b = torch.randn(8, 8), torch.randn(8, 8)
-    ways: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-        "call_jax": lambda x, y: call_jax(sin_add, (x, y)),
-        "an op in torch": sin_add_torch,
-    }
+    ways = {**_ways(), _BY_HAND: _by_hand()}
     graphs = {}
     for way, fn in ways.items():
         for count in (1, many):
@@ -109,15 +109,57 @@ def _in_a_graph(many: int = 20) -> Iterator[Row]:
     for way in ways:
         slope = (raw[f"{way} {many}"].median - raw[f"{way} 1"].median) / (many - 1)
         yield Row("in a compiled graph", way, slope, "its eager call", slope / raw[way].median)
+    yield from rows("a compiled graph of one call", {way: raw[f"{way} 1"] for way in ways}, _BY_HAND)
+
+
+def _entered() -> Iterator[Row]:
+    """What Dynamo takes to enter a graph, guards included, by what it holds; the graph itself computes nothing."""
+    a, b = torch.randn(8, 8), torch.randn(8, 8)
+    result = (torch.randn(8, 8),)
+    calls = {}
+    for way, fn in _ways().items():
+        graph = torch.compile(_repeated(fn, 1), fullgraph=True, backend=lambda module, inputs: lambda *given: result)
+        graph(a, b)
+        calls[way] = ("g(a, b)", {"g": graph, "a": a, "b": b})
+    yield from rows("entering a compiled graph", per_call(calls, number=100, rounds=100), "an op of torch.library")
+
+
+_BY_HAND = "jax.jit in an op of torch.library"
+
+
+def _ways() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """The same by call_jax, and in torch as an operator of opreg and as one of torch.library."""
+    plain = _library_op("sin_add_plain", lambda a, b: torch.sin(a) + b)
+    return {
+        "call_jax": lambda x, y: call_jax(sin_add, (x, y)),
+        "an op in torch": lambda x, y: sin_add_torch(x, y),
+        "an op of torch.library": lambda x, y: plain(x, y),
+    }
+
+
+def _by_hand() -> Callable[[Tensor, Tensor], Tensor]:
+    """jax.jit between numpy views and a copy of its result, as an operator of torch.library."""
+    jitted, numpy = runtime().jax.jit(sin_add), runtime().numpy
+    made = _library_op("sin_add_by_hand", lambda a, b: torch.from_numpy(numpy.array(jitted(a.numpy(), b.numpy()))))
+    return lambda x, y: made(x, y)
+
+
+def _library_op(name: str, kernel: Callable[..., Any]) -> Callable[..., Tensor]:
+    qualname = f"opreg_bench::{name}"
+    if not library.is_defined(qualname):
+        library.define_with_public_calls(
+            qualname, "(Tensor a, Tensor b) -> Tensor", kernel, lambda a, b: torch.empty_like(a)
+        )
+    made: Callable[..., Tensor] = library.overload(qualname)
+    return made
 
 
 def _repeated(fn: Callable[[Tensor, Tensor], Tensor], count: int) -> Callable[[Tensor, Tensor], Tensor]:
-    def run(x: Tensor, y: Tensor) -> Tensor:
-        for _ in range(count):
-            x = fn(x, y)
-        return x
-
-    return run
+    """`count` calls in a row, in a function whose code no other has: graphs of one code are searched in turn."""
+    names = {"fn": fn}
+    lines = ["def run(x, y):", *["    x = fn(x, y)"] * count, "    return x"]
+    exec(compile("\n".join(lines), "<opreg bench>", "exec"), names)
+    return names["run"]
 
 
 def _large() -> Iterator[Row]:

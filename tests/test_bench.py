@@ -226,6 +226,11 @@ def test_jax_calls_are_timed_beside_jit_and_other_bridges(monkeypatch):
     torch.testing.assert_close(seen["call_jax"], a)
     torch.testing.assert_close(seen["DLPack round trip"], a)
     assert {row.baseline for row in rows} == {"jax.jit"}
+    a, b = torch.randn(3), torch.randn(3)
+    for way in (*bench._ways().values(), bench._by_hand()):
+        torch.testing.assert_close(bench._repeated(way, 2)(a, b), torch.sin(torch.sin(a) + b) + b)
+    torch._dynamo.reset()
+    assert [row.what for row in bench._entered()] == [*bench._ways()]
 
 
 def test_figures_of_the_tpu_compiler(capsys, doubled):

@@ -138,6 +138,26 @@ def identity_under_dynamo(ctx: Any, name: str) -> Any:
     return variable.as_python_constant()
 
 
+def decompose_by_table(op: torch._ops.OpOverload) -> None:
+    """Let a decomposition table apply to an op that writes its arguments.
+
+    torch looks into the table after functionalization has wrapped such an op up. Before that it asks for a composite
+    implementation, here the table's entry; NotImplemented where it has none goes on as if there were no such
+    implementation. Private; the table was a global of torch until it became the tracing mode's own, as in 2.13.
+    """
+
+    def by_table(*args: Any, **kwargs: Any) -> Any:
+        from torch.fx.experimental import proxy_tensor
+
+        mode = proxy_tensor.get_proxy_mode()
+        table = getattr(proxy_tensor, "CURRENT_DECOMPOSITION_TABLE", None) or getattr(mode, "decomposition_table", {})
+        entry = table.get(op)
+        return NotImplemented if entry is None else entry(*args, **kwargs)
+
+    if torch._C.DispatchKey.CompositeImplicitAutograd not in op.py_kernels:
+        op.py_impl(torch._C.DispatchKey.CompositeImplicitAutograd)(by_table)
+
+
 def forget_guards(module: str) -> None:
     """Let the graph that Dynamo is making not look at the globals of `module`, whose functions it traced, at each call.
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import fake, library
+from . import _compat, fake, library
 from .errors import KernelError
 from .jax_bridge_arrays import runtime
 from .jax_bridge_cache import state
@@ -56,14 +56,15 @@ def call_carried(program: Program, tensors: Sequence[torch.Tensor]) -> Any:
 
 
 _named: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
-"""The functional operators made from JAX functions, and what takes their place in a graph that leaves the process."""
+"""The operators made from JAX functions, and what takes their place in a graph that leaves the process."""
 
 
 def let_carry(op: Op[..., Any], kernel: Any) -> None:
     """Make calls of an op made from a JAX function carry it where torch.export traces them."""
     carried, overload = functools.partial(_carried, op, kernel), op.overload
-    if not op.spec.mutates:  # a call that writes is wrapped up by torch before decompositions see it
-        _named[overload] = carried
+    _named[overload] = carried
+    if op.spec.mutates:
+        _compat.decompose_by_table(overload)
     op.calls.otherwise(lambda *a, **k: (carried if torch.compiler.is_exporting() else overload)(*a, **k))
 
 
@@ -78,7 +79,7 @@ def jax_decompositions(*ops: OpFunction[..., Any]) -> dict[torch._ops.OpOverload
 
     torch.export with strict=False needs none: functions of call_jax and register_jax_op that the model calls carry
     themselves. With strict=True, or where the model calls torch.ops.ns.name, the program names what exists in this
-    process only, until this table replaces it. An op that writes arguments carries itself with strict=False only.
+    process only, until this table replaces it.
 
     ops: further ops whose kernel by from_jax is to be carried in their place; without it the program needs the package
         that registers them, as it needs any other operator's.
@@ -93,6 +94,8 @@ def jax_decompositions(*ops: OpFunction[..., Any]) -> dict[torch._ops.OpOverload
         if kernel is None:
             raise KernelError(f"jax_decompositions: {op.name} has no kernel made by from_jax, so nothing to carry")
         table[op.overload] = functools.partial(_carried, op, kernel)
+        if op.spec.mutates:
+            _compat.decompose_by_table(op.overload)
     return table
 
 

@@ -105,8 +105,8 @@ class Op(Generic[P, R]):
     def call_with(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         return runner.call_with(self.spec, fn, args)
 
-    def gather(self, many: Callable[[tuple[Any, ...]], Any]) -> Callable[..., Any]:
-        return runner.gather(self.spec, many)
+    def gather(self, many: Callable[[tuple[Any, ...]], Any], first: bool = False) -> FunctionType:
+        return runner.gather(self.spec, many, first)
 
     def force(self, change: int) -> None:
         """Count of active use_kernel blocks; runners are rebuilt when it leaves or reaches zero."""

@@ -260,11 +260,14 @@ def runner(op: Op, device_type: str) -> Callable[..., Any]:
             refusal = None if predicate is None else op.call_with(predicate, args)
             if refusal is None:
                 _say_choice(op, device_type, kernel)
+                if kernel is best and kernel.priority != REFERENCE_PRIORITY:  # said once, and asked first from now on
+                    run.__globals__.update(_first=fn, _why_not=predicate)
                 return op.call_with(fn, args)
             _say_once(op, f"{op.name} on {device_type}: {kernel.name} refused: {refusal}")
         raise no_kernel(op, device_type, args)
 
-    return op.gather(choose)
+    run = op.gather(choose, first=True)
+    return run
 
 
 def _forced_runner(op: Op, device_type: str) -> Callable[..., Any]:

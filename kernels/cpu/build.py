@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib.machinery
+import importlib.util
 import os
 import platform
 import re
@@ -20,18 +22,21 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 CSRC = Path(__file__).parent / "csrc"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 # -ffp-contract=fast lets a * b + c become one fused instruction. No -ffast-math: it breaks NaN and inf.
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
+_LINKS = ("-fopenmp",)
 
 _lock = threading.Lock()
 _loaded: dict[str, ctypes.CDLL | BuildError] = {}
@@ -93,7 +98,7 @@ def load(name: str, sources: Mapping[str, Sequence[str]]) -> ctypes.CDLL:
         have = _loaded.get(name)
         if have is None:
             try:
-                have = _build(name, sources)
+                have = _open(name, _build(name, sources, _FLAGS, _LINKS))
             except BuildError as e:
                 have = e
             _loaded[name] = have
@@ -102,7 +107,54 @@ def load(name: str, sources: Mapping[str, Sequence[str]]) -> ctypes.CDLL:
     return have
 
 
-def _build(name: str, sources: Mapping[str, Sequence[str]]) -> ctypes.CDLL:
+def _open(name: str, target: Path) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(target))
+    except OSError as e:
+        raise BuildError(f"the built C++ kernels {name!r} do not load ({e}); delete {target} to build again") from e
+
+
+def load_module(name: str, source: str) -> ModuleType:
+    """Return the Python module `name` built from `source`, which includes headers of Python and of torch.
+
+    Such a build is for one torch and one Python. Raises BuildError with the reason.
+    """
+    import torch
+
+    headers, home = sysconfig.get_paths()["include"], Path(torch.__file__).parent
+    if not (Path(headers) / "Python.h").exists():
+        raise BuildError(
+            f"cannot build {name!r}: there is no Python.h in {headers}; install the headers of this Python"
+        )
+    # Headers of torch 2.10 and later are written for C++20; earlier ones compile as such, too.
+    flags = ("-std=c++20", "-O2", "-fPIC", f"-I{home / 'include'}", f"-I{headers}")
+    links = (f"-L{home / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch_python")
+    facts = (
+        torch.__version__,
+        torch.version.git_version,
+        torch.compiled_with_cxx11_abi(),
+        sys.implementation.cache_tag,
+    )
+    with _lock:
+        target = _build(name, {source: ()}, flags, links, facts)
+    loader = importlib.machinery.ExtensionFileLoader(name, str(target))
+    try:
+        spec = importlib.util.spec_from_loader(name, loader)
+        module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+        loader.exec_module(module)
+    except ImportError as e:
+        raise BuildError(f"the built module {name!r} does not load ({e}); delete {target} to build again") from e
+    return module
+
+
+def _build(
+    name: str,
+    sources: Mapping[str, Sequence[str]],
+    flags: Sequence[str],
+    links: Sequence[str],
+    facts: tuple[object, ...] = (),
+) -> Path:
+    """The library `name`, built unless it is in the cache; facts: what makes another build of the same sources."""
     reason = why_not()
     if reason is not None:
         raise BuildError(f"cannot build the C++ kernels {name!r}: {reason}")
@@ -111,18 +163,18 @@ def _build(name: str, sources: Mapping[str, Sequence[str]]) -> ctypes.CDLL:
     text: dict[str, str] = {}
     for source in sources:
         _with_includes(source, text)
-    key = repr((sorted(text.items()), sorted((s, list(f)) for s, f in sources.items()), _FLAGS, command, version))
+    own = sorted((source, list(more)) for source, more in sources.items())
+    key = repr((sorted(text.items()), own, flags, links, facts, command, version))
     digest = hashlib.sha256(f"{key}{platform.machine()}".encode()).hexdigest()[:16]
     target = cache_dir() / f"{name}-{digest}.so"
     if not target.exists():
-        _compile(name, sources, command, target)
-    try:
-        return ctypes.CDLL(str(target))
-    except OSError as e:
-        raise BuildError(f"the built C++ kernels {name!r} do not load ({e}); delete {target} to build again") from e
+        units = {source: [*command, *flags, *more, "-c", str(CSRC / source)] for source, more in sources.items()}
+        _compile(name, units, [*command, "-shared"], links, target)
+    return target
 
 
-def _compile(name: str, sources: Mapping[str, Sequence[str]], command: tuple[str, ...], target: Path) -> None:
+def _compile(name: str, units: Mapping[str, list[str]], link: list[str], links: Sequence[str], target: Path) -> None:
+    """units: the compiler's command per source; link: the linker's, before the objects, and `links` after them."""
     start = time.monotonic()
     where = f"(once, kept in {target.parent})"
     print(f"opreg: building the C++ kernels {name!r} {where} ...", end=" ", file=sys.stderr, flush=True)
@@ -131,13 +183,13 @@ def _compile(name: str, sources: Mapping[str, Sequence[str]], command: tuple[str
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{name}-") as tmp:
             jobs: list[tuple[list[str], subprocess.Popen[str]]] = []
             objects = []
-            for source, flags in sources.items():
+            for source, unit in units.items():
                 objects.append(str(Path(tmp) / f"{source}.o"))
-                line = [*command, *_FLAGS, *flags, "-c", str(CSRC / source), "-o", objects[-1]]
+                line = [*unit, "-o", objects[-1]]
                 jobs.append((line, subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)))
             results = [(line, job.communicate()[0], job.returncode) for line, job in jobs]
             if all(code == 0 for _, _, code in results):
-                line = [*command, "-shared", "-fopenmp", *objects, "-o", str(Path(tmp) / target.name)]
+                line = [*link, *objects, "-o", str(Path(tmp) / target.name), *links]
                 done = subprocess.run(line, capture_output=True, text=True, check=False)
                 results.append((line, done.stdout + done.stderr, done.returncode))
             for line, output, code in results:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..reference.paged_attention_check import check_attention, check_call
-from . import build
+from . import build, rpa_entry
 
 OP = "opreg::ragged_paged_attention"
 OP_LSE = "opreg::ragged_paged_attention_lse"
@@ -97,6 +97,8 @@ def library(rank: int) -> ctypes.CDLL:
     built.rpa_write.restype = ctypes.c_int32
     built.rpa_attention.restype = ctypes.c_int32
     _libraries[rank] = built
+    if rank == level():
+        rpa_entry.load(built.rpa_attention, built.rpa_write)
     return built
 
 
@@ -130,7 +132,7 @@ def why_not_cache(kv_pages: Tensor) -> str | None:
             return reason
     if kv_pages.dim() == 4 and kv_pages.stride(3) != 1:
         return f"the last dimension of kv_pages is not contiguous (stride {kv_pages.stride(3)})"
-    return None
+    return "kv_pages is a negative view, whose memory holds other values" if kv_pages.is_neg() else None
 
 
 def _why_not_here() -> str | None:
@@ -160,6 +162,14 @@ def rpa_cpp(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention of every sequence's query rows over its pages; see opreg::ragged_paged_attention."""
+    # fmt: off
+    made = rpa_entry.attend(
+        q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sm_scale, sliding_window, soft_cap, mask_value,
+        k_scale, v_scale, kv_layout, sinks, False, None, None,
+    )
+    # fmt: on
+    if made is not None:
+        return made
     options = Options(sm_scale, sliding_window, soft_cap, mask_value, k_scale, v_scale, kv_layout, sinks)
     return attend(OP, q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, options, None)
 
@@ -182,6 +192,14 @@ def rpa_cpp_lse(
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same, with the log-sum-exp of each row; see opreg::ragged_paged_attention_lse."""
+    # fmt: off
+    made = rpa_entry.attend(
+        q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sm_scale, sliding_window, soft_cap, mask_value,
+        k_scale, v_scale, kv_layout, sinks, True, None, None,
+    )
+    # fmt: on
+    if made is not None:
+        return made
     options = Options(sm_scale, sliding_window, soft_cap, mask_value, k_scale, v_scale, kv_layout, sinks)
     lse = torch.empty(q.shape[:2], dtype=torch.float32)
     return attend(OP_LSE, q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, options, lse), lse
@@ -211,6 +229,7 @@ def attend(
 
     use_level: one of LEVELS instead of the best. step: K and V to write first (its slots are left to the kernel).
     """
+    q = q.resolve_neg()
     arguments = (q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs)
     cache = check_call(op, *arguments, **options._asdict())
     if q.stride(2) != 1:
@@ -222,7 +241,7 @@ def attend(
         cu_q_lens = cu_q_lens.contiguous()
     if page_indices.stride(1) != 1:
         page_indices = page_indices.contiguous()
-    sinks = None if options.sinks is None else options.sinks.to(torch.float32).contiguous()
+    sinks = None if options.sinks is None else options.sinks.resolve_neg().to(torch.float32).contiguous()
     out = torch.empty_like(q, memory_format=torch.contiguous_format)  # half the time of empty(shape, dtype=...)
     page, position, head = cache_strides(kv_pages, options.kv_layout)
     args = Args(

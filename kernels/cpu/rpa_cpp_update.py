@@ -10,7 +10,7 @@ from ..reference.paged_attention_check import (
     check_update,
     check_update_attention,
 )
-from . import rpa_cpp
+from . import rpa_cpp, rpa_entry
 from .rpa_cpp import TYPES, Options, WriteArgs, cache_strides
 
 OP_UPDATE = "opreg::kv_cache_update"
@@ -65,6 +65,8 @@ def rpa_cpp_write(
     v_scale: float | None = None,
 ) -> None:
     """Write each token's K and V into its slot; see opreg::kv_cache_update."""
+    if rpa_entry.write(k, v, kv_pages, slot_mapping, kv_layout, k_scale, v_scale):
+        return
     check_scales(OP_UPDATE, k_scale, v_scale)
     cache = check_new_tokens(OP_UPDATE, k, v, kv_pages, kv_layout)
     k, v = _rows(k, v)
@@ -100,6 +102,14 @@ def rpa_cpp_fused(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """Write the step's K and V, then attend, in one call; see opreg::ragged_paged_attention_update."""
+    # fmt: off
+    made = rpa_entry.attend(
+        q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sm_scale, sliding_window, soft_cap, mask_value,
+        k_scale, v_scale, kv_layout, sinks, False, k, v,
+    )
+    # fmt: on
+    if made is not None:
+        return made
     check_scales(OP_FUSED, k_scale, v_scale)
     check_update_attention(OP_FUSED, q, k, v, kv_pages, kv_layout)
     cache = check_new_tokens(OP_FUSED, k, v, kv_pages, kv_layout)
@@ -112,6 +122,7 @@ def rpa_cpp_fused(
 
 def _rows(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Both in one dtype (float32 holds either exactly), rows contiguous."""
+    k, v = k.resolve_neg(), v.resolve_neg()
     if k.dtype != v.dtype:
         k, v = k.to(torch.float32), v.to(torch.float32)
     return k if k.stride(2) == 1 else k.contiguous(), v if v.stride(2) == 1 else v.contiguous()

@@ -23,11 +23,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import library
+from .errors import KernelError
 
 if TYPE_CHECKING:
     from .op import Op
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_LAYER_IN_GRAPH = (
+    "{0}: a graph of backend='openxla' would keep the layer and the metadata of its first run, so the op cannot be in "
+    "one; compile what comes before and after it, and call it between (torch._dynamo.graph_break(), or a function under "
+    "torch.compiler.disable)"
+)
 
 
 def catch(op: Op) -> None:
@@ -41,6 +47,8 @@ def catch(op: Op) -> None:
         tensors = [value for arg, value in zip(op.spec.args, args, strict=True) if arg.is_tensor]
         with torch._C._AutoDispatchBelowAutograd():
             if all(value is None or type(value) in _PLAIN for value in tensors):
+                if op.spec.layer_arg is not None and _below_functionalisation():
+                    raise KernelError(_LAYER_IN_GRAPH.format(op.name))
                 return op.call_with(op.calls.entry, args)
             _let_graphs_through()
             return _in_graph(op, args)
@@ -59,6 +67,11 @@ def _implement(op: Op, run: Callable[[tuple[Any, ...]], Any], key: str) -> None:
         return op.gather(run)  # made at the first call: most processes never have a tensor of torch_xla
 
     library.implement(op.name, lambda *args, **kwargs: gathered()(*args, **kwargs), key)
+
+
+def _below_functionalisation() -> bool:
+    """Only a graph calls a writing op there; inference mode comes without the autograd key."""
+    return torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.Functionalize)
 
 
 def _wrapped(op: Op, args: tuple[Any, ...]) -> Any:

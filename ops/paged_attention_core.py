@@ -49,11 +49,13 @@ def paged_attention_core(
     kv_layout = getattr(layer, "kv_layout", "NHD")
     k_scale, v_scale = getattr(layer, "k_scale", None), getattr(layer, "v_scale", None)
     slot_mapping = _need(metadata, "slot_mapping", layer_name, "metadata")
+    if slot_mapping.shape[0] != tokens:  # torch_xla has no views of its tensors in inference mode
+        slot_mapping = slot_mapping[:tokens]
     kv_cache_update(
         key[:tokens],
         value[:tokens],
         kv_cache,
-        slot_mapping[:tokens],
+        slot_mapping,
         kv_layout=kv_layout,
         k_scale=k_scale,
         v_scale=v_scale,

@@ -130,6 +130,7 @@ WRONG = {
     r"sinks is torch\.int32": wrong(sinks=torch.zeros(4, dtype=torch.int32)),
     "q has 2 dimensions": wrong(q=lambda q: q[0]),
     r"q is torch\.float64": wrong(q=lambda q: q.double()),
+    r"q is torch\.float8_e5m2": wrong(q=lambda q: q.to(torch.float8_e5m2)),
     "q has head_dim 15 but kv_pages has 16": wrong(q=lambda q: q[..., :15]),
     "q has 3 heads and kv_pages 2": wrong(q=lambda q: q[:, :3]),
     "q has 0 heads": wrong(q=lambda q: q[:, :0]),
@@ -247,6 +248,14 @@ def test_writes_that_are_not_for_it_write_nothing(change: Callable[..., tuple[Te
     assert rpa_entry.write(*change(k, v, pages, slots), "NHD", None, None) is None
     assert (pages == 0).all()
     assert rpa_entry.write(k, v, pages, slots, "NHD", None, None) is True
+
+
+def test_an_update_needs_a_row_of_k_and_v_for_every_row_of_q() -> None:
+    batch = make_batch(LENGTHS)
+    before = batch.kv_pages.nan_to_num()
+    k = torch.ones(batch.q.shape[0] - 1, 2, 16)
+    assert attend(batch, DEFAULTS, False, k, k) is None
+    assert torch.equal(batch.kv_pages.nan_to_num(), before)
 
 
 def test_negative_views_are_read_as_what_they_stand_for() -> None:

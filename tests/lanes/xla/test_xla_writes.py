@@ -7,6 +7,8 @@ from typing import Annotated
 import pytest
 import torch
 import torch_xla
+from opreg.errors import KernelError
+from opreg.ops import paged_attention_core
 from torch import Tensor
 
 import opreg
@@ -96,3 +98,22 @@ def test_inside_no_grad_and_with_a_parameter():
     with torch.no_grad():
         accumulate(torch.ones(2).to(device), total)
     assert total.tolist() == [1, 1]
+
+
+def test_an_op_with_a_layer_is_not_frozen_into_a_graph():
+    call = next(paged_attention_core.samples("xla"))
+    name = call.pop("layer_name")
+
+    def step(query, key, value, output):
+        paged_attention_core(query, key, value, output, name)
+        return output + 1
+
+    compiled = torch.compile(step, backend="openxla", fullgraph=True, dynamic=False)
+    # The bridge of torch_xla may be first, with the layer's handle, which is on the CPU.
+    refusals = "a graph of backend='openxla' would keep the layer|move all tensors to xla device"
+    with torch.no_grad(), pytest.raises(Exception, match=refusals):
+        compiled(**call)
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
+    bare = [torch._from_functional_tensor(value) for value in call.values()]
+    with torch._C._ExcludeDispatchKeyGuard(keys), pytest.raises(KernelError, match="cannot be in one; compile what"):
+        torch.ops.opreg.paged_attention_core.named(*bare, name)

@@ -7,11 +7,11 @@ from typing import Annotated
 import pytest
 import torch
 import torch_xla
-from opreg.errors import KernelError
 from opreg.ops import paged_attention_core
 from torch import Tensor
 
 import opreg
+from opreg.errors import KernelError
 
 device = torch_xla.device()
 

@@ -24,18 +24,27 @@ static inline vf word(const float* p) { return bits_as<vf>(bits_as<int32_t>(*p) 
 
 constexpr int TILE = VL == 16 ? 4 : 2;  // vectors of columns in a tile of four rows
 
-// acc += a b for R rows of a and N vectors of columns of b.
+// acc += a b for R rows of a and N vectors of columns of b. The sums are its own: GCC keeps those of a caller that looks at
+// them in other loops on the stack, also in the loop below.
 template <class Dot, int R, int N>
 static inline __attribute__((always_inline)) void product(vf (&acc)[R][N], const float* a, int64_t a_row, const float* b, int64_t b_row,
                                                          int64_t depth) {
+    vf sums[R][N];
+#pragma GCC unroll 16
+    for (int i = 0; i < R * N; i++) sums[i / N][i % N] = acc[i / N][i % N];
     for (int64_t d = 0; d < depth; d++, a++, b += b_row) {
         vf bv[N];
+#pragma GCC unroll 4
         for (int n = 0; n < N; n++) bv[n] = load(b + n * VL);
+#pragma GCC unroll 4
         for (int m = 0; m < R; m++) {
             const vf av = word(a + m * a_row);
-            for (int n = 0; n < N; n++) acc[m][n] = Dot::mul(av, bv[n], acc[m][n]);
+#pragma GCC unroll 4
+            for (int n = 0; n < N; n++) sums[m][n] = Dot::mul(av, bv[n], sums[m][n]);
         }
     }
+#pragma GCC unroll 16
+    for (int i = 0; i < R * N; i++) acc[i / N][i % N] = sums[i / N][i % N];
 }
 
 // Four rows as words of operand B, that is pairs along the rows (or plain rows where words are floats).

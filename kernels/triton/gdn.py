@@ -8,6 +8,7 @@ from torch import Tensor
 from ..reference.gdn_args import sequences, sizes
 from ..reference.gdn_checks import check_batch, check_checkpoints, check_index, check_plain, check_speculative
 from .gdn_launch import Data, Group, launch, on_device
+from .gdn_mixed import windows
 
 _DIMS = (16, 32, 64, 128, 256)
 _WIDEST = 8
@@ -100,7 +101,8 @@ def gdn_attention(
 
     Index tensors on the GPU are not copied to the host, so their values are not checked there: a sequence whose slots,
     starts or accepted counts cannot be is not run and its rows become NaN, an impossible checkpoint is not written, and
-    two sequences on one slot are not noticed. Where all of them are on the CPU, every value is checked as elsewhere.
+    two sequences on one slot are not noticed. The same holds for drafts on a cache that kernels of another convention
+    wrote, and a later call with drafts raises (gdn_mixed.py). Where all of them are on the CPU, every value is checked as elsewhere.
     """
     s = sizes(
         core_attn_out,
@@ -125,8 +127,9 @@ def gdn_attention(
     spec = (spec_query_start_loc, spec_token_indx, spec_state_indices_tensor, num_accepted_tokens)
     more = (source_state_indices, checkpoint_token_indx, checkpoint_state_indices)
     if all(t is None or t.is_cpu for t in (has_initial_state, *plain, *spec, *more)):
+        known = conv_state if conv_state.is_cpu else None
         sequences(
-            s, num_prefills, num_decodes, num_spec_decodes, has_initial_state, *plain, *spec, null_slot, *more
+            s, num_prefills, num_decodes, num_spec_decodes, has_initial_state, *plain, *spec, null_slot, *more, known
         )  # fmt: skip
     check_batch(
         num_prefills, num_decodes, num_spec_decodes, non_spec_token_indx, spec_token_indx, checkpoint_token_indx
@@ -157,6 +160,8 @@ def gdn_attention(
         )
         for group in groups:
             launch(s, data, group, null_slot, reorder_input, group.accepted is None and num_prefills > 0)
+        if num_spec_decodes:
+            windows.check(z.device)
 
 
 def _plain(

@@ -74,6 +74,48 @@ def sequence(
 
 
 @triton.jit
+def mixed_windows(
+    i,
+    conv_state,
+    conv_stride,
+    slots,
+    slot_stride,
+    column_stride,
+    accepted,
+    columns,
+    null_slot,
+    count_slots,
+    wanted,
+    CONV: tl.constexpr,
+    W: tl.constexpr,
+    R: tl.constexpr,
+):
+    """1 if columns that speculative sequence i has accepted do not hold windows one token apart, else 0.
+
+    Kernels that keep one rolling buffer in column 0 leave the other columns alone, so theirs do not. The first 64
+    channels tell; bits are compared, since NaN equals itself. `wanted` False: 0, and nothing is read.
+    """
+    r = tl.arange(0, R)
+    d = tl.arange(0, 64)
+    inside = (r < W - 2)[:, None] & (d < CONV)[None, :]
+    at = conv_state + r[:, None] * CONV + d[None, :]
+    found = tl.zeros([R, 64], tl.int32)
+    last = tl.where(wanted & (W > 2), tl.minimum(tl.load(accepted + i).to(tl.int32), columns) - 1, 0)
+    for t in range(last):
+        a = tl.load(slots + i * slot_stride + t * column_stride).to(tl.int64)
+        b = tl.load(slots + i * slot_stride + (t + 1) * column_stride).to(tl.int64)
+        live = (a >= 0) & (b >= 0) & (a < count_slots) & (b < count_slots) & (a != b) & (a != null_slot)
+        mask = inside & live & (b != null_slot)
+        older = tl.load(at + a * conv_stride + CONV, mask=mask, other=0.0)
+        newer = tl.load(at + b * conv_stride, mask=mask, other=0.0)
+        if conv_state.dtype.element_ty == tl.float32:
+            found |= (older.to(tl.int32, bitcast=True) != newer.to(tl.int32, bitcast=True)).to(tl.int32)
+        else:
+            found |= (older.to(tl.int16, bitcast=True) != newer.to(tl.int16, bitcast=True)).to(tl.int32)
+    return tl.max(tl.max(found, axis=1), axis=0)
+
+
+@triton.jit
 def row_of(tokens, token, mask, actual):
     """(row of a token, whether it may be touched): the two differ where a batch mixes plain and speculative ones."""
     # One return, after both branches: Triton compiles what follows a branch that has returned.

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .gdn_batch import INDICES, RUN, VARYING, gate_columns, gates, head_column, row_of, sequence
+from .gdn_batch import INDICES, RUN, VARYING, WRONG, gate_columns, gates, head_column, mixed_windows, row_of, sequence
 from .gdn_conv import EPS, silu
 
 
@@ -68,6 +68,8 @@ def run_tokens(
     source_stride,
     initial,
     accepted,
+    mixed,
+    report,
     tokens,
     checkpoint_tokens,
     checkpoint_slots,
@@ -84,6 +86,7 @@ def run_tokens(
     W: tl.constexpr,
     FLAT: tl.constexpr,
     COLUMNS: tl.constexpr,
+    R: tl.constexpr,
     BV: tl.constexpr,
     AT_MOST: tl.constexpr,
 ):
@@ -92,6 +95,9 @@ def run_tokens(
     Grid (sequences * HV * V / BV,). The state is read once and stays in registers; each sum over K is one reduction.
     Sequences of more than AT_MOST tokens are left to the chunked form (AT_MOST 0: none are). The convolution's state is
     only read, and rows that no live sequence owns are left alone: see `finish` for both.
+
+    A speculative sequence whose windows another kind of kernel wrote is WRONG; mixed [sequences] tells `finish`, which
+    writes windows and cannot find out, and report [1] becomes 1.
     """
     CONV: tl.constexpr = 2 * HK * K + HV * V
     G: tl.constexpr = HV // HK
@@ -103,6 +109,14 @@ def run_tokens(
         i, starts, slots, slot_stride, column_stride, sources, source_stride, initial, accepted, columns, null_slot,
         count_slots, most, COLUMNS,
     )  # fmt: skip
+    if accepted is not None:
+        other = mixed_windows(
+            i, conv_state, conv_stride, slots, slot_stride, column_stride, accepted, columns, null_slot, count_slots,
+            state == RUN, CONV, W, R,
+        )  # fmt: skip
+        tl.store(mixed + i, other)  # every program of a sequence stores the same
+        tl.store(report, 1, mask=other != 0)
+        state = tl.where(other != 0, WRONG, state)
     if (state != RUN) | ((AT_MOST > 0) & (count > AT_MOST)):
         return
     key = head // G

@@ -18,6 +18,7 @@ from .gdn_batch import plan_chunks
 from .gdn_chunk import run_chunks, solve_chunks
 from .gdn_conv import convolve_chunks, finish
 from .gdn_decode import run_tokens
+from .gdn_mixed import windows
 
 CHUNK = 64
 AT_MOST = 16
@@ -113,6 +114,11 @@ def block_rows(s: Sizes, io: torch.dtype) -> int:
     return max(16, min(s.v, 32 if s.k >= 64 else 16, most // s.k))
 
 
+def window_rows(s: Sizes) -> int:
+    """Rows of a tile that holds the convolution's window."""
+    return int(triton.next_power_of_2(max(s.width - 1, 1)))
+
+
 def bits(x: Tensor) -> Tensor:
     return x.view({2: torch.int16, 4: torch.int32}[x.element_size()])
 
@@ -122,6 +128,9 @@ def launch(s: Sizes, x: Data, group: Group, null_slot: int, flat: bool, prefills
     heads = {"HK": s.hk, "HV": s.hv, "K": s.k, "V": s.v, "FLAT": flat}
     batch, writes = group.batch(s, null_slot), group.writes()
     programs = group.n * s.hv * (s.v // block_rows(s, x.qkvz.dtype))
+    mixed = report = None
+    if group.accepted is not None:
+        mixed, report = x.qkvz.new_empty(group.n, dtype=torch.int32), windows.report(x.qkvz.device)
     chunked = prefills and group.starts is not None and s.actual > AT_MOST
     run_tokens[(programs,)](
         out=x.core_attn_out,
@@ -143,7 +152,10 @@ def launch(s: Sizes, x: Data, group: Group, null_slot: int, flat: bool, prefills
         **batch,
         **writes,
         **heads,
+        mixed=mixed,
+        report=report,
         W=s.width,
+        R=window_rows(s),
         BV=block_rows(s, x.qkvz.dtype),
         AT_MOST=AT_MOST if chunked else 0,
         num_warps=4,
@@ -164,9 +176,10 @@ def launch(s: Sizes, x: Data, group: Group, null_slot: int, flat: bool, prefills
         **batch,
         **writes,
         **heads,
+        mixed=mixed,
         W=s.width,
         CHECKPOINTS=triton.next_power_of_2(max(writes["count_checkpoints"], 1)),
-        R=triton.next_power_of_2(max(s.width - 1, 1)),
+        R=window_rows(s),
         BLOCK=CHANNELS,
         num_warps=4,
     )

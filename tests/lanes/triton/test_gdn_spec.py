@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from opreg.kernels.reference import gdn as reference
-from opreg.kernels.triton import gdn
+from opreg.kernels.triton import gdn, gdn_mixed
 from opreg.ops.gdn_attention_inputs import Heads, clone_call, make_call
 
 HEADS = Heads(1, 1, 16, 16)
@@ -103,6 +103,91 @@ def test_nothing_accepted_goes_on_from_the_first_column() -> None:
         server.accepted[0] = accepted
         server.step({}, {0: (2, 2)}, 1)
     assert torch.equal(first.out.nan_to_num(), second.out.nan_to_num())
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_a_cache_of_another_convention_is_an_error(monkeypatch: pytest.MonkeyPatch, on_gpu: bool) -> None:
+    """One rolling buffer in column 0, as vLLM's kernels keep it, never wrote the slots of the other columns."""
+    if on_gpu:
+        unchecked(monkeypatch)
+    server = Server([12, 12], 2)
+    server.step({0: 3, 1: 3}, {}, 0)
+    server.step({}, {0: (2, 2), 1: (2, 2)}, 1)
+    others = server.table[0, 1:]
+    written = {name: server.states[name][others].clone() for name in server.states}
+    server.states["conv_state"][others] = 0
+    before = {name: state.clone() for name, state in server.states.items()}
+    with pytest.raises(ValueError, match="hold windows one token apart, so another kind of kernel wrote"):
+        server.step({}, {0: (1, 1), 1: (1, 1)}, 2)
+    for name, state in server.states.items():
+        mine = server.table[0]
+        assert torch.equal(state[mine].nan_to_num(7.0), before[name][mine].nan_to_num(7.0))
+        state.copy_(before[name])
+        state[others] = written[name]
+    server.step({}, {0: (1, 1), 1: (1, 1)}, 2)
+
+
+def test_rows_of_another_convention_are_nan_and_others_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    unchecked(monkeypatch)
+    monkeypatch.setattr(gdn_mixed.windows, "check", lambda _: None)
+    call = make_call([2, 2], HEADS, spare_slots=2)
+    call.update(
+        num_prefills=0,
+        num_spec_decodes=2,
+        spec_query_start_loc=torch.tensor([0, 2, 4]),
+        spec_state_indices_tensor=torch.tensor([[0, 1], [2, 3]]),
+        num_accepted_tokens=torch.tensor([2, 2]),
+    )
+    call["conv_state"][1, :-1] = call["conv_state"][0, 1:]
+    got = clone_call(call)
+    gdn.gdn_attention(**got)
+    assert got["core_attn_out"][2:].isnan().all()
+    assert got["z"][2:].isnan().all()
+    assert not got["core_attn_out"][:2].isnan().any()
+    for state in WRITTEN[2:]:
+        assert torch.equal(got[state][2:], call[state][2:])
+        assert not torch.equal(got[state][0], call[state][0])
+
+
+class Module:
+    """A device whose events come when told to, and which may be recording a graph."""
+
+    def __init__(self) -> None:
+        self.done, self.recording, self.events = False, False, 0
+
+    def Event(self) -> "Module":
+        return self
+
+    def record(self) -> None:
+        self.events += 1
+
+    def query(self) -> bool:
+        return self.done
+
+    def is_current_stream_capturing(self) -> bool:
+        return self.recording
+
+
+def test_a_report_is_fetched_without_waiting_and_raised_once() -> None:
+    module, reports = Module(), gdn_mixed.Windows()
+    here = torch.device("cpu")
+    reports.report(here)
+    device = reports._devices[here]
+    device.module = module
+    reports.check(here)  # starts the first copy
+    device.report.fill_(1)
+    reports.check(here)  # not there yet: no second copy, no wait
+    assert module.events == 1
+    module.done = True
+    reports.check(here)  # the first copy came before the report
+    assert module.events == 2
+    module.recording = True
+    reports.check(here)
+    module.recording = False
+    with pytest.raises(ValueError, match="another kind of kernel wrote this cache"):
+        reports.check(here)
+    reports.check(here)
+    assert not device.report.any()
 
 
 def with_checkpoints(call: dict[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """`opreg bench --framework jax`: what a call of a JAX function costs, beside bare jax.jit and other bridges.
 
 8x8 float32, two arguments, one result, results awaited. Then calls inside a compiled graph and what entering one costs,
-64 MiB arguments beside a copy of them, and where torch_xla is installed, what recording a call costs in a lazy graph, beside torch_xla's own
-call_jax, and what moving a tensor to XLA's device costs.
+64 MiB arguments beside a copy of them, and where torch_xla is installed, what recording a call costs in a lazy graph,
+beside torch_xla's own call_jax, and what moving a tensor to XLA's device costs.
 """
 
 from __future__ import annotations

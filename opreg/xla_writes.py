@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _LAYER_IN_GRAPH = (
     "{0}: a graph of backend='openxla' would keep the layer and the metadata of its first run, so the op cannot be in "
-    "one; compile what comes before and after it, and call it between (torch._dynamo.graph_break(), or a function "
-    "under torch.compiler.disable)"
+    "one; compile with backend='opreg', options={{'inner': 'openxla'}}, which gives openxla what comes before and after "
+    "such ops, and calls them between"
 )
 
 

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _LAYER_IN_GRAPH = (
     "{0}: a graph of backend='openxla' would keep the layer and the metadata of its first run, so the op cannot be in "
-    "one; compile with backend='opreg', options={{'inner': 'openxla'}}, which gives openxla what comes before and after "
-    "such ops, and calls them between"
+    "one; compile with backend='opreg', options={{'inner': 'openxla'}}, which gives openxla what comes before and "
+    "after such ops, and calls them between"
 )
 
 

@@ -102,7 +102,8 @@ def gdn_attention(
     Index tensors on the GPU are not copied to the host, so their values are not checked there: a sequence whose slots,
     starts or accepted counts cannot be is not run and its rows become NaN, an impossible checkpoint is not written, and
     two sequences on one slot are not noticed. The same holds for drafts on a cache that kernels of another convention
-    wrote, and a later call with drafts raises (gdn_mixed.py). Where all of them are on the CPU, every value is checked as elsewhere.
+    wrote, and a later call with drafts raises (gdn_mixed.py). Where all of them are on the CPU, every value is checked
+    as elsewhere.
     """
     s = sizes(
         core_attn_out,

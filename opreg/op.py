@@ -134,8 +134,10 @@ class Op(Generic[P, R]):
         target: a callable, or "module:function", imported at first use, with the op's parameters in the op's order. Or
             "inductor": graphs that Inductor compiles then hold the body itself, fused with what stands around it, where
             no other kernel has this priority or more; eager calls are not changed.
-        requires: modules that must be installed, "module" or "module>=1.2"; they are looked up and not imported.
-        why_not: takes the op's arguments; returns None to accept the call, or the reason for refusing it.
+        requires: modules that must be installed, "module" or "module>=1.2"; they are looked up and not imported. "c++" is
+            a compiler, for a kernel that is compiled at its first use; it is looked up and not run.
+        why_not: takes the op's arguments; returns None to accept the call, or the reason for refusing it. One without
+            parameters answers for this machine, and is asked once, before the first call.
         priority: the largest that accepts wins; two kernels with equal priority on one device are an error.
 
         Raises RegistrationError (tie, duplicate), SignatureError (other parameters), UnknownOpError (device type).
@@ -154,7 +156,7 @@ class Op(Generic[P, R]):
         kernel = select.make_kernel(self, device_types, target, requires, why_not, priority)
         if callable(target):
             select.check_signature(self, f"kernel {kernel.name}", target)
-        if callable(why_not):
+        if callable(why_not) and not select.asked_once(why_not):
             select.check_signature(self, f"why_not of kernel {kernel.name}", why_not)
         with self._lock:
             known = next((k for k in self.kernels if k.name == kernel.name), None)

@@ -1,12 +1,18 @@
-"""What a kernel needs installed: "module", or "module>=1.2". Looked up, never imported."""
+"""What a kernel needs installed: "module", "module>=1.2" or "c++", a compiler. Looked up, never imported or run."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import re
+import shlex
+import shutil
 
 from .errors import RegistrationError
+
+COMPILER = "c++"
+"""The requirement of a kernel that is compiled where it is used first: what CXX names, else one of the usual compilers."""
 
 _FORM = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)(?:>=(\d+(?:\.\d+)*))?")
 _VERSION = re.compile(r"v?(\d+(?:\.\d+)*)[-_.]?(a|b|c|rc|alpha|beta|pre|preview|dev)?")
@@ -14,15 +20,19 @@ _VERSION = re.compile(r"v?(\d+(?:\.\d+)*)[-_.]?(a|b|c|rc|alpha|beta|pre|preview|
 
 def split(requirement: str, who: str) -> tuple[str, str | None]:
     """The module and the least version that a requirement names, or RegistrationError."""
+    if requirement == COMPILER:
+        return requirement, None
     found = _FORM.fullmatch(requirement)
     if found is None:
-        raise RegistrationError(f"{who}: requires={requirement!r} is neither 'module' nor 'module>=1.2'")
+        raise RegistrationError(f"{who}: requires={requirement!r} is neither 'module' nor 'module>=1.2' nor 'c++'")
     return found[1], found[2]
 
 
 def lacking(requirement: str) -> str | None:
     """The requirement, with what is known of its version, where it is not met; None where it is."""
     module, least = split(requirement, "opreg")
+    if module == COMPILER:
+        return _no_compiler()
     if not _installed(module):
         return requirement
     if least is None:
@@ -33,6 +43,16 @@ def lacking(requirement: str) -> str | None:
     except importlib.metadata.PackageNotFoundError:
         return f"{requirement} (its version is not known)"
     return None if _key(version) >= _key(least) else f"{requirement} ({version} is installed)"
+
+
+def _no_compiler() -> str | None:
+    if os.environ.get("OPREG_NO_BUILD", "") not in ("", "0"):
+        return "to be built with a C++ compiler, and OPREG_NO_BUILD is set"
+    wanted = shlex.split(os.environ.get("CXX", ""))[:1]
+    names = wanted or ["g++", "c++", "clang++"]
+    if any(shutil.which(name) for name in names):
+        return None
+    return f"a C++ compiler (looked for {', '.join(names)}{', from CXX' if wanted else ''}); install g++ or set CXX"
 
 
 def _key(version: str) -> tuple[tuple[int, ...], bool]:

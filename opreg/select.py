@@ -75,8 +75,19 @@ def load_predicate(op: Op, kernel: KernelSpec) -> Callable[..., str | None] | No
     if kernel.why_not is None or callable(kernel.why_not):
         return kernel.why_not
     predicate = _import(op, f"{kernel.name} (why_not)", kernel.why_not)
-    check_signature(op, f"why_not of kernel {kernel.name}", predicate)
+    if not asked_once(predicate):
+        check_signature(op, f"why_not of kernel {kernel.name}", predicate)
     return predicate
+
+
+def asked_once(predicate: Callable[..., str | None]) -> bool:
+    """Whether a predicate takes no argument: its answer is about this machine, and holds for every call."""
+    return not inspect.signature(predicate).parameters
+
+
+def _refusal(op: Op, predicate: Callable[..., str | None], args: tuple[Any, ...]) -> str | None:
+    found: str | None = predicate() if asked_once(predicate) else op.call_with(predicate, args)
+    return found
 
 
 def _import(op: Op, what: str, target: str) -> Callable[..., Any]:
@@ -220,7 +231,7 @@ def explain(op: Op, device_type: str, args: tuple[Any, ...] | None = None) -> Ex
         elif (absent := kernel.missing()) is not None:
             state, why = "missing", absent
         elif args is not None and (predicate := load_predicate(op, kernel)) is not None:
-            refusal = op.call_with(predicate, args)
+            refusal = _refusal(op, predicate, args)
             if refusal is not None:
                 state, why = "refused", refusal
         if forced is not None and kernel.name != forced[0].name and state == "ready":
@@ -249,11 +260,22 @@ def runner(op: Op, device_type: str) -> Callable[..., Any]:
     forced = forced_kernel(op)
     if forced is not None or op.forced_somewhere:
         return _forced_runner(op, device_type)
-    best = found[0] if found else None
-    if best is not None and best.why_not is None:
+    choices = []
+    for kernel in found:
+        predicate = load_predicate(op, kernel)
+        if predicate is not None and asked_once(predicate):
+            refusal = predicate()
+            if refusal is not None:
+                _say_once(op, f"{op.name} on {device_type}: {kernel.name} refused: {refusal}")
+                continue
+            predicate = None
+        choices.append((kernel, predicate, load(op, kernel)))
+        if predicate is None:
+            break  # it takes every call
+    best = choices[0][0] if choices else None
+    if best is not None and choices[0][1] is None:
         _say_choice(op, device_type, best)
-        return load(op, best)
-    choices = [(kernel, load_predicate(op, kernel), load(op, kernel)) for kernel in found]
+        return choices[0][2]
 
     def choose(args: tuple[Any, ...]) -> Any:
         for kernel, predicate, fn in choices:
@@ -282,7 +304,7 @@ def _forced_runner(op: Op, device_type: str) -> Callable[..., Any]:
         reason = None if kernel.takes(device_type) else f"it is for {kernel.devices}, not {device_type}"
         reason = reason or kernel.missing()
         if reason is None and (predicate := load_predicate(op, kernel)) is not None:
-            reason = op.call_with(predicate, args)
+            reason = _refusal(op, predicate, args)
         if reason is not None:
             raise KernelError(f"{op.name}: {who} forces kernel '{kernel.name}', which cannot run here: {reason}")
         return op.call_with(load(op, kernel), args)

@@ -235,6 +235,7 @@ for _op in (gated_delta_rule, gated_delta_rule_backward):
     _op.register_kernel(
         "cpu",
         f"opreg.kernels.cpu.gdn_rule:{_op.name.partition('::')[2]}",
+        requires="c++",
         why_not=f"opreg.kernels.cpu.gdn_rule:{_op.name.partition('::')[2]}_why_not",
         priority=10,
     )

@@ -97,7 +97,11 @@ def gdn_attention(
 gdn_attention.register_kernel(None, "opreg.kernels.reference.gdn:gdn_attention", priority=-100)
 gdn_attention.register_kernel(None, "opreg.kernels.cpu.gdn_torch:gdn_attention_torch", priority=-50)
 gdn_attention.register_kernel(
-    "cpu", "opreg.kernels.cpu.gdn:gdn_attention", why_not="opreg.kernels.cpu.gdn:why_not", priority=10
+    "cpu",
+    "opreg.kernels.cpu.gdn:gdn_attention",
+    requires="c++",
+    why_not="opreg.kernels.cpu.gdn:why_not",
+    priority=10,
 )
 gdn_attention.register_kernel(
     "xpu",

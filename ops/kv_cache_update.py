@@ -41,7 +41,10 @@ def kv_cache_update(
 kv_cache_update.register_kernel(None, "opreg.kernels.reference.paged_attention:kv_cache_update", priority=-100)
 kv_cache_update.register_kernel(None, "opreg.kernels.cpu.rpa_torch:kv_cache_update", priority=-50)
 kv_cache_update.register_kernel(
-    "cpu", "opreg.kernels.cpu.rpa_cpp_update:rpa_cpp_write", why_not="opreg.kernels.cpu.rpa_cpp_update:why_not_update"
+    "cpu",
+    "opreg.kernels.cpu.rpa_cpp_update:rpa_cpp_write",
+    requires="c++",
+    why_not="opreg.kernels.cpu.rpa_cpp_update:why_not_update",
 )
 kv_cache_update.register_kernel(
     ("xla", "tpu"), from_jax("opreg.kernels.pallas.rpa_xla:kv_cache_update", mutates_args="kv_pages"), requires="jax"

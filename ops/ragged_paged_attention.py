@@ -87,7 +87,7 @@ _TRITON = "opreg.kernels.triton.rpa"
 for _op, _suffix in ((ragged_paged_attention, ""), (ragged_paged_attention_lse, "_lse")):
     _op.register_kernel(None, f"opreg.kernels.reference.paged_attention:ragged_paged_attention{_suffix}", priority=-100)
     _op.register_kernel(None, f"opreg.kernels.cpu.rpa_torch:rpa_torch{_suffix}", priority=-50)
-    _op.register_kernel("cpu", f"{_CPP}:rpa_cpp{_suffix}", why_not=f"{_CPP}:why_not")
+    _op.register_kernel("cpu", f"{_CPP}:rpa_cpp{_suffix}", requires="c++", why_not=f"{_CPP}:why_not")
     _op.register_kernel(("xla", "tpu"), from_jax(f"{_XLA}:rpa{_suffix}"), requires="jax", why_not=_WHY_NOT)
     _op.register_kernel(("xla", "tpu"), from_jax(f"{_XLA}:rpa_plain{_suffix}"), requires="jax", priority=-10)
     _op.register_kernel(

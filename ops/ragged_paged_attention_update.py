@@ -51,7 +51,9 @@ ragged_paged_attention_update.register_kernel(
     None, "opreg.kernels.reference.paged_attention:ragged_paged_attention_update", priority=-100
 )
 ragged_paged_attention_update.register_kernel(None, "opreg.kernels.cpu.rpa_torch:rpa_torch_update", priority=-50)
-ragged_paged_attention_update.register_kernel("cpu", f"{_CPP}:rpa_cpp_fused", why_not=f"{_CPP}:why_not_fused")
+ragged_paged_attention_update.register_kernel(
+    "cpu", f"{_CPP}:rpa_cpp_fused", requires="c++", why_not=f"{_CPP}:why_not_fused"
+)
 _XLA, _WHY_NOT = "opreg.kernels.pallas.rpa_xla", "opreg.kernels.pallas.rpa_why_not:why_not_update"
 ragged_paged_attention_update.register_kernel(
     ("xla", "tpu"), from_jax(f"{_XLA}:rpa_update", mutates_args="kv_pages"), requires="jax", why_not=_WHY_NOT

@@ -213,7 +213,7 @@ def test_a_required_version_is_read_without_importing(tmp_path, monkeypatch, req
 
 @pytest.mark.parametrize("requirement", ["acme-math", "acme>1", "acme>=", "acme>=1.2,<2", ""])
 def test_a_requirement_of_another_form_is_refused(requirement):
-    with pytest.raises(RegistrationError, match=r"is neither 'module' nor 'module>=1\.2'"):
+    with pytest.raises(RegistrationError, match=r"is neither 'module' nor 'module>=1\.2' nor 'c\+\+'"):
         new_op("form").register_kernel("cpu", returning(1, "form"), requires=requirement)
 
 
@@ -255,6 +255,52 @@ def test_environment_forces(monkeypatch):
     monkeypatch.setenv("OPREG_KERNELS", "t_select::environment")
     with pytest.raises(UnknownOpError, match="is not of the form ns::op=kernel"):
         op.explain(X)
+
+
+def test_a_predicate_without_parameters_is_asked_once(caplog):
+    op, asked = new_op("once"), []
+
+    def nothing_here() -> str | None:
+        asked.append("nothing")
+        return "no such machine"
+
+    def here() -> str | None:
+        asked.append("here")
+
+    op.register_kernel("cpu", returning(1, "far"), why_not=nothing_here, priority=2)
+    op.register_kernel("cpu", returning(2, "near"), why_not=here, priority=1)
+    with caplog.at_level(logging.INFO, logger="opreg"):
+        assert [ran(op), ran(op), ran(op)] == [2, 2, 2]
+    assert asked == ["nothing", "here"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "t_select::once on cpu: test_select/far refused: no such machine",
+        "t_select::once on cpu runs test_select/near",
+    ]
+    assert "test_select/far: refused (no such machine)" in str(op.explain(X))
+    with use_kernel("t_select::once", "test_select/far"), pytest.raises(KernelError, match="here: no such machine"):
+        op(X)
+
+
+def test_what_is_compiled_at_first_use_needs_a_compiler(monkeypatch):
+    op = new_op("compiled")
+    op.register_kernel("cpu", returning(1, "native"), requires="c++")
+    monkeypatch.delenv("OPREG_NO_BUILD", raising=False)
+    monkeypatch.setenv("CXX", sys.executable)
+    assert explain(op.op, "cpu").selected.name == "test_select/native"
+    monkeypatch.setenv("CXX", "no-such-compiler -O2")
+    found = explain(op.op, "cpu")
+    assert found.selected.name == "reference"
+    assert found.decisions[0].why == (
+        "needs a C++ compiler (looked for no-such-compiler, from CXX); install g++ or set CXX"
+    )
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", "")
+    assert "looked for g++, c++, clang++)" in explain(op.op, "cpu").decisions[0].why
+    monkeypatch.setenv("OPREG_NO_BUILD", "1")
+    assert explain(op.op, "cpu").decisions[0].why == (
+        "needs to be built with a C++ compiler, and OPREG_NO_BUILD is set"
+    )
+    assert ran(op) == 0
 
 
 def test_choice_is_logged_once(caplog):

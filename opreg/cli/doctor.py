@@ -90,12 +90,14 @@ def run(args: argparse.Namespace) -> int:
 def find_packages() -> list[Package]:
     """Optional packages, found without importing any of them."""
     from opreg import registry
-    from opreg.requires import split
+    from opreg.requires import COMPILER, split
 
     needed: dict[str, list[str]] = {name: [] for name in KNOWN}
     for op in registry.all_ops():
         for kernel in op.kernels:
             for requirement in kernel.requires:
+                if requirement == COMPILER:
+                    continue  # no package
                 module, _ = split(requirement, kernel.name)
                 needed.setdefault(module.partition(".")[0], []).append(kernel.name)
     distributions = packages_distributions()

@@ -20,7 +20,7 @@ def compiled(name: str) -> Kernel:
     def run(**call: Any) -> None:
         bound = inspect.signature(gdn.gdn_attention).bind(**call)
         bound.apply_defaults()
-        gdn._run(name, *bound.args, **bound.kwargs)
+        gdn._run(name, *bound.arguments.values())
 
     return run
 

@@ -7,22 +7,18 @@ namespace gdn {
 
 enum Type : int64_t { F32 = 0, BF16_ = 1, F16 = 2 };
 
-// Every field has 8 bytes, in the order in which gdn.py packs them. Strides count elements.
+// Strides count elements.
 struct Call {
     char *core, *z;
     const char *qkvz, *ba;
     int64_t core_row, z_row, qkvz_row, ba_row;
-    int64_t hk, hv, k, v, width, flat;
+    int64_t hk, hv, k, v, width;
+    bool flat;
     char *conv_state, *ssm_state;
     int64_t conv_slot, ssm_slot, slots;
     const char *weights, *bias, *a_log, *dt_bias;
     int64_t io, state, weights_type, bias_type, a_log_type, dt_bias_type;
-    int64_t rows, actual, sequences;
-    const char *has_initial, *starts, *tokens, *index;
-    int64_t starts_wide, tokens_wide, index_wide;
-    int64_t null_slot;
-    const int64_t *prepared, *prepared_rows, *prepared_writes;
-    int64_t threads, chunk_from;
+    int64_t rows, actual, threads;
 };
 
 struct Write {

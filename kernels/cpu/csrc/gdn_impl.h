@@ -9,6 +9,7 @@ using gdn::Work;
 using gdn::Write;
 
 constexpr int64_t CHUNK = 64;
+constexpr int64_t CHUNK_FROM = 12;  // tokens from which a sequence is worth the chunked form
 constexpr float EPS = 1e-6f;
 
 static inline int64_t up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
@@ -331,7 +332,7 @@ template <class IO> static void run_unit(const Work& work, int64_t unit, Arena& 
     u.s = work.sequences + work.order[unit / c.hk];
     u.group = unit % c.hk;
     u.next = unit + c.threads;
-    const bool chunked = u.s->count >= c.chunk_from;
+    const bool chunked = u.s->count >= CHUNK_FROM;
     arena.reset(size_t(unit_bytes(c) + (chunked ? chunk_bytes(c) : step_bytes(c))));
     begin<IO>(u, arena);
 #if HAVE_BF16_DOT

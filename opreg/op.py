@@ -134,8 +134,8 @@ class Op(Generic[P, R]):
         target: a callable, or "module:function", imported at first use, with the op's parameters in the op's order. Or
             "inductor": graphs that Inductor compiles then hold the body itself, fused with what stands around it, where
             no other kernel has this priority or more; eager calls are not changed.
-        requires: modules that must be installed, "module" or "module>=1.2"; they are looked up and not imported. "c++" is
-            a compiler, for a kernel that is compiled at its first use; it is looked up and not run.
+        requires: modules that must be installed, "module" or "module>=1.2"; they are looked up and not imported. "c++"
+            is a compiler, for a kernel that is compiled at its first use; it is looked up and not run.
         why_not: takes the op's arguments; returns None to accept the call, or the reason for refusing it. One without
             parameters answers for this machine, and is asked once, before the first call.
         priority: the largest that accepts wins; two kernels with equal priority on one device are an error.

@@ -12,7 +12,7 @@ import shutil
 from .errors import RegistrationError
 
 COMPILER = "c++"
-"""The requirement of a kernel that is compiled where it is used first: what CXX names, else one of the usual compilers."""
+"""The requirement of a kernel that is compiled at its first use: what CXX names, else one of the usual compilers."""
 
 _FORM = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)(?:>=(\d+(?:\.\d+)*))?")
 _VERSION = re.compile(r"v?(\d+(?:\.\d+)*)[-_.]?(a|b|c|rc|alpha|beta|pre|preview|dev)?")

@@ -55,8 +55,8 @@ def _first(*args: Any) -> int:
     return _entry(*args)
 
 
-# Takes the op's arguments in order, threads, kernels (0: the best here) and what _pack made (0: nothing). Returns 0 where
-# it did the call, 1 where that cannot be or needs to be packed, 2 without memory.
+# Takes the op's arguments in order, threads, kernels (0: the best here) and what _pack made (0: nothing). Returns 0
+# where it did the call, 1 where that cannot be or needs to be packed, 2 without memory.
 _entry: Callable[..., int] = _first
 
 

@@ -1,0 +1,83 @@
+"""Keys that are nearly equal, full writes and no decay: what chunks amplify roundings by. Against float64."""
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from opreg.kernels.cpu import gdn
+from opreg.kernels.reference import gdn as reference
+from opreg.ops.gdn_attention_inputs import Heads, clone_call, make_call
+
+Call = dict[str, Any]
+SETS = [name for name, _ in gdn.INSTRUCTION_SETS]
+CAN_RUN = SETS[: SETS.index(gdn.instruction_set()) + 1]
+
+
+def run(name: str, call: Call) -> Call:
+    call = clone_call(call)
+    bound = inspect.signature(gdn.gdn_attention).bind(**call)
+    bound.apply_defaults()
+    gdn._run(name, *bound.arguments.values())
+    return call
+
+
+def rms(got: torch.Tensor, want: torch.Tensor) -> float:
+    got, want = got.double(), want.double()
+    return float((got - want).pow(2).mean().sqrt() / want.pow(2).mean().sqrt())
+
+
+def make(tokens: int, dim: int, apart: float, decay: float, write: float) -> Call:
+    """One bfloat16 sequence whose keys differ from one another by `apart`."""
+    call = make_call([tokens], Heads(1, 2, dim, dim, 2), dtype=torch.bfloat16, initial=[False], flat=True, bias=False)
+    rows = call["projected_states_qkvz"]
+    rows[:, dim : 2 * dim] = rows[0, dim : 2 * dim] + apart * rows[:, dim : 2 * dim]
+    call["projected_states_ba"][:, :2] = write
+    call["A_log"][:] = decay
+    return call
+
+
+@pytest.mark.parametrize("name", CAN_RUN)
+@pytest.mark.parametrize("tokens", [40, 300])
+@pytest.mark.parametrize(
+    ("dim", "apart", "decay", "write"),
+    [
+        (128, 0.0, -20.0, 9.0),
+        (64, 0.01, -20.0, 9.0),
+        (128, 0.3, -20.0, 9.0),
+        (64, 0.05, -20.0, 0.0),
+        (128, 3.0, -20.0, 9.0),
+    ],
+    ids=["equal", "nearly equal", "alike", "half writes", "different"],
+)
+def test_nearly_equal_keys_stay_within_the_tolerance(
+    name: str, tokens: int, dim: int, apart: float, decay: float, write: float
+) -> None:
+    call = make(tokens, dim, apart, decay, write)
+    want = clone_call(call)
+    reference._gdn_attention(torch.float64, **want)
+    got, slot = run(name, call), want["non_spec_state_indices_tensor"].long()
+    assert rms(got["core_attn_out"], want["core_attn_out"]) < 3e-3
+    assert rms(got["ssm_state"][slot], want["ssm_state"][slot]) < 3e-3
+
+
+def test_equal_keys_over_2048_tokens() -> None:
+    call = make(2048, 64, 0.0, -20.0, 9.0)
+    want = clone_call(call)
+    reference._gdn_attention(torch.float64, **want)
+    assert rms(run(CAN_RUN[-1], call)["core_attn_out"], want["core_attn_out"]) < 3e-3
+
+
+@pytest.mark.parametrize("name", CAN_RUN)
+def test_a_chunk_in_float_changes_no_bit_with_company_or_threads(name: str) -> None:
+    call = make(200, 64, 0.05, -20.0, 9.0)
+    call["projected_states_qkvz"][64:128] = torch.randn(64, call["projected_states_qkvz"].shape[1])  # a tame chunk
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(run(name, call))
+    finally:
+        torch.set_num_threads(before)
+    for tensor in ("core_attn_out", "ssm_state"):
+        assert torch.equal(results[0][tensor].nan_to_num(), results[1][tensor].nan_to_num())

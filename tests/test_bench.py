@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 
 import numpy as np
 import pytest
@@ -145,7 +146,26 @@ def test_workloads_are_timed_beside_their_baselines_and_floors(capsys, doubled):
         rate = float(row["baseline"].split(" at the ")[1].split()[0])
         assert what in row["baseline"]
         assert row["baseline_seconds"] == pytest.approx(work / rate, rel=1e-2)
-    assert len(bench(capsys, name, "--case", "n=8", "--all-kernels")) == 8
+    assert len(bench(capsys, name, "--case", "n=8", "--all-kernels", "--threads", "1")) == 8
+
+
+def test_several_threads_are_timed_beside_one_and_beside_what_the_machine_gains(capsys, doubled, monkeypatch):
+    seen = []
+    monkeypatch.setattr("opreg.cli.bench._on_one_thread", lambda call: seen.append(call) or call)
+    *_, alone = bench(capsys, doubled(WORKLOADS), "--threads", "2", "--case", "n=4")
+    assert len(seen) == 3  # the kernel, the copy and the product
+    said = r"same on one thread; 2 threads make a copy \d+\.\d\dx, a matrix product \d+\.\d\dx faster"
+    assert re.fullmatch(said, alone["baseline"])
+    assert alone["ratio"] == pytest.approx(alone["seconds"] / alone["baseline_seconds"])
+
+
+def test_one_thread_is_one_thread():
+    from opreg.cli.bench import _on_one_thread
+
+    before, seen = torch.get_num_threads(), []
+    _on_one_thread(lambda: seen.append(torch.get_num_threads()))()
+    assert seen == [1]
+    assert torch.get_num_threads() == before
 
 
 def test_workloads_of_another_dtype_and_samples_instead(capsys, doubled):

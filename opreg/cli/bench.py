@@ -210,7 +210,11 @@ def _beside_baselines(
     dtype = next(value.dtype for value in case.inputs.values() if isinstance(value, torch.Tensor))
     limits = bench_cases.floors(device, dtype)
     others = {name: call for name, call in found.items() if not isinstance(call, str)}
-    timings = _interleave(args, device, {**kernels, **others, **{name: call for name, (call, _) in limits.items()}})
+    calls = {**kernels, **others, **{name: call for name, (call, _) in limits.items()}}
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    if threads > 1:
+        calls.update({f"{name}, 1 thread": _on_one_thread(calls[name]) for name in (*kernels, *limits)})
+    timings = _interleave(args, device, calls)
     copy, product = (limits[name][1] / timings[name].median for name in ("copy", "matrix product"))
     floors = {
         f"{case.bytes / 1e6:.3g} MB at the {copy / 1e9:.3g} GB/s of a copy": case.bytes / copy,
@@ -225,6 +229,19 @@ def _beside_baselines(
                 yield _row(case.name, kernel, seconds, name, timings[name].median)
         for what, least in floors.items():
             yield _row(case.name, kernel, seconds, what, least)
+        if threads > 1:
+            gains = {name: timings[f"{name}, 1 thread"].median / timings[name].median for name in limits}
+            these = ", ".join(f"a {name} {gain:.2f}x" for name, gain in gains.items())
+            alone = timings[f"{kernel}, 1 thread"].median
+            yield _row(case.name, kernel, seconds, f"same on one thread; {threads} threads make {these} faster", alone)
+
+
+def _on_one_thread(call: Callable[[], Any]) -> Callable[[], Any]:
+    def alone() -> None:
+        with _threads(1):
+            call()
+
+    return alone
 
 
 def _row(

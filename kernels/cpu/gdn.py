@@ -32,7 +32,8 @@ def _library() -> ctypes.CDLL:
 @cache
 def instruction_set() -> str:
     """Name the best instruction set of this machine that there are kernels for."""
-    return INSTRUCTION_SETS[_library().gdn_instruction_set()][0]
+    best: int = _library().gdn_instruction_set()
+    return INSTRUCTION_SETS[best][0]
 
 
 @cache
@@ -199,7 +200,7 @@ def _run(name: str, *args: Any) -> None:
 def _prepared(kernels: int, *args: Any) -> None:
     """Make the call that C++ has refused, now with its sequences read and checked in Python, or say what is wrong."""
     s = sizes(*args[:15], *args[26:28])
-    packed = _pack(sequences(s, *args[15:26], *args[29:], conv_state=args[8]))
+    packed = _pack(sequences(s, *args[15:26], *args[29:], args[8]))
     code = _entry(*args, get_num_threads(), kernels, packed[0].buffer_info()[0])
     if code == 2:
         raise MemoryError("opreg::gdn_attention: no memory for the list of sequences of this call")

@@ -199,8 +199,8 @@ def _run(name: str, *args: Any) -> None:
 
 def _prepared(kernels: int, *args: Any) -> None:
     """Make the call that C++ has refused, now with its sequences read and checked in Python, or say what is wrong."""
-    s = sizes(*args[:15], *args[26:28])
-    packed = _pack(sequences(s, *args[15:26], *args[29:], args[8]))
+    shapes, metadata = (*args[:15], *args[26:28]), (*args[15:26], *args[29:], args[8])
+    packed = _pack(sequences(sizes(*shapes), *metadata))
     code = _entry(*args, get_num_threads(), kernels, packed[0].buffer_info()[0])
     if code == 2:
         raise MemoryError("opreg::gdn_attention: no memory for the list of sequences of this call")

@@ -1,8 +1,12 @@
 """The builder of C++ kernels: it builds once, and says why when it cannot."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from opreg.cli import main
 from opreg.kernels.cpu import build
 
 
@@ -54,3 +58,18 @@ def test_building_can_be_switched_off(workshop: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("OPREG_NO_BUILD", "1")
     with pytest.raises(build.BuildError, match="OPREG_NO_BUILD is set"):
         build.load("d", {})
+
+
+def test_the_list_names_what_runs_without_a_compiler(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("OPREG_NO_BUILD", raising=False)
+    monkeypatch.setattr(subprocess, "Popen", None)  # listing runs and builds nothing
+    for compiler, kernel in ((sys.executable, "cpu/gdn_attention"), ("no-such-compiler", "cpu/gdn_attention_torch")):
+        monkeypatch.setenv("CXX", compiler)
+        assert main(["list", "--json", "--device", "cpu"]) == 0
+        ops = {op["name"]: op for op in json.loads(capsys.readouterr().out)["ops"]}
+        assert ops["opreg::gdn_attention"]["selected"] == kernel
+    (native,) = [k for k in ops["opreg::gdn_attention"]["kernels"] if k["name"] == "cpu/gdn_attention"]
+    assert native["state"] == "missing"
+    assert "looked for no-such-compiler, from CXX); install g++ or set CXX" in native["why"]

@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from opreg.cli import main
 from opreg.kernels.cpu import build
+
+from opreg.cli import main
 
 
 @pytest.fixture

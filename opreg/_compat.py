@@ -100,6 +100,13 @@ def enter_fake(qualname: str, fn: Callable[..., Any], source: str) -> Callable[.
     )
 
 
+def unbatched(tensor: torch.Tensor) -> torch.Tensor:
+    """What torch.func.vmap has wrapped, or the tensor itself. Private, unchanged from torch 2.8 to 2.13."""
+    while torch._C._functorch.is_batchedtensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
 def tensor_guard(tensors: Sequence[torch.Tensor]) -> Callable[..., bool]:
     """A test whether tensors are like these, in all that Dynamo's guards look at; the same from torch 2.8 to 2.13.
 

@@ -68,7 +68,7 @@ _DIRECT = """\
     if {guard}:
         _run = _cpu if {first}.is_cpu else _runners.get({first}.device.type)
 {on_xla}        if _run is not None:
-            return {named}_run({arguments}){end}
+{count}            return {named}_run({arguments}){end}
 """
 
 _PICKED = """\
@@ -182,6 +182,15 @@ class Calls:
 
     def _write(self) -> Calls:
         """Give public and entry their code."""
+        with guard.LOCK:
+            return self._write_with_guard()
+
+    def _rewrite(self) -> None:
+        """Give them new code at the next call, with another guard; runners count writes with the guard's help."""
+        self.public.__code__, self.entry.__code__ = _public_at_first.__code__, _entry_at_first.__code__
+        self.reset()
+
+    def _write_with_guard(self) -> Calls:
         spec, first = self.op.spec, self.op.spec.first_tensor
         outside, inside = (guard.pick(spec, where, self._look) for where in (True, False))
         self._picks = tuple(pick for pick in (outside, inside) if pick is not None)
@@ -204,11 +213,13 @@ class Calls:
         if first is None or guard.setting() == "off":
             self.public.__code__ = self._code(_PUBLIC.replace("{direct}", ""))
             return self
-        on_xla = _ON_XLA if spec.mutates else ""
+        on_xla, count = _ON_XLA if spec.mutates else "", guard.count(self._rewrite)
         direct = _DIRECT.replace("{on_xla}", on_xla).replace("{guard}", guard.condition(spec, first))
+        direct = direct.replace("{count}", f"            {count}\n" if count else "")
         if outside is not None:
             # The native guard leaves tensors of torch_xla, wrappers of functionalization, to the dispatcher.
-            on_xla = f"    if type({first.name}) is _Tensor and {first.name}.is_xla:\n{textwrap.indent(direct, '    ')}"
+            plain = f"type({first.name}) is _Tensor and not _function_mode({first.name})"
+            on_xla = f"    if {plain} and {first.name}.is_xla:\n{textwrap.indent(direct, '    ')}"
             direct = _PICKED + (on_xla if spec.mutates else "")
         self.public.__code__ = self._code(
             _PUBLIC.replace("{direct}", direct + _LOOK + _TANGENTS), tensors=tensors, first=first.name

@@ -16,9 +16,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from . import library
+from . import _compat, library
 from .errors import AutogradError
 
 if TYPE_CHECKING:
@@ -126,12 +128,15 @@ def _refuse_in_graphs(op: Op) -> None:
 
 def tangents(op: Op, args: Sequence[Any]) -> None:
     """AutogradError for dual tensors: their tangents would be dropped, and a derivative be zero without a word."""
-    for tensor in _tensors(args):
-        if torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
-            raise AutogradError(
-                f"{op.name}: called with a dual tensor, but operators have no forward-mode derivative; take reverse "
-                "mode (torch.autograd.grad, torch.func.vjp), or hand in the primal alone"
-            )
+    with _disable_current_modes(), torch._C.DisableTorchFunction():  # nobody is to see that we ask
+        bare = [_compat.unbatched(tensor) for tensor in _tensors(args)]
+        # Sparse tensors carry no tangents, and cannot be asked.
+        dual = any(forward_ad.unpack_dual(t).tangent is not None for t in bare if t.layout is torch.strided)
+    if dual:
+        raise AutogradError(
+            f"{op.name}: called with a dual tensor, but operators have no forward-mode derivative; take reverse "
+            "mode (torch.autograd.grad, torch.func.vjp), or hand in the primal alone"
+        )
 
 
 def written(op: Op) -> None:

@@ -165,7 +165,7 @@ def make_runner(op: Op, device_type: str, checked: bool = True) -> Callable[...,
     noted = [arg for arg in spec.args if arg.mutated and not arg.layer] if checked else []
     if not (check or fills or tuples or contiguous or noted) and spec.layer_arg is None:
         return kernel
-    names: dict[str, Any] = {"_kernel": kernel, "_current": context._current}
+    names: dict[str, Any] = {"_kernel": kernel, "_current": context._get, "_find_layer": context.find_layer}
     names.update(
         {f"_c_{arg.name}": (*arg.choices, *((None,) if arg.optional else ())) for arg in spec.args if arg.choices}
     )
@@ -185,7 +185,10 @@ def make_runner(op: Op, device_type: str, checked: bool = True) -> Callable[...,
         lines += [
             f"    if type({name}) is not str:",
             f"        {name} = _layer_name({name})",
-            f"    _metadata = _current.get()[{name}][1]",
+            "    try:",
+            f"        _metadata = _current()[{name}][1]",
+            "    except KeyError:",
+            f"        _metadata = _find_layer({name})[1]",
             "    if _metadata is None:",
         ]
         names["_layer_name"] = context.layer_name

@@ -254,7 +254,7 @@ def test_nothing_is_built_unasked_and_doctor_says_what_is_used(tmp_path: Any, ca
     assert guard.native() is None
     assert not list(tmp_path.iterdir())
     assert main(["doctor"]) in (0, 1)
-    assert "Python (the native guard is not built; run `opreg build`)" in capsys.readouterr().out
+    assert "Python (the native guard is not built; run `opreg build`; a process that" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("no_build")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..context import _current, layer_name
+from ..context import current_context, layer_name
 from ..op import Op
 from .eager import Crashed, Refused, run
 from .outcome import differ
@@ -21,7 +21,8 @@ def check_other_layers(op: Op[Any, Any], fn: Callable[..., Any], call: Call) -> 
         return None
     handle = next(value for arg, value in zip(op.spec.args, call.args, strict=True) if arg.layer)
     name = handle if isinstance(handle, str) else layer_name(handle)
-    layers = _current.get().layers or {}
+    context = current_context()
+    layers = {} if context is None else context.layers
     own = {t.untyped_storage()._cdata for t in layer_tensors(name, layers[name]).values()}
     others = {
         path: tensor

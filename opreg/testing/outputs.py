@@ -181,14 +181,14 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 def check_profiling(op: Op[Any, Any], call: Call) -> str | None:
     """What a profiling run (metadata None) leaves undefined, or changes that it should not."""
-    from ..context import _current, forward_context
+    from ..context import current_context, forward_context
 
-    layers = _current.get().layers
-    if op.spec.layer_arg is None or layers is None:
+    context = current_context()
+    if op.spec.layer_arg is None or context is None:
         return None
     args = _poisoned(op, call, outputs(op), 0)
     saved = call.save_state()
-    with torch.no_grad(), forward_context(layers=layers, metadata=None):
+    with torch.no_grad(), forward_context(layers=context.layers, metadata=None):
         result = op.call_with(op.overload, args)
     values = [*tensors_of(result)]
     for arg, value in zip(op.spec.args, args, strict=True):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..context import _current, layer_handle
+from ..context import current_context, layer_handle
 from ..op import Op
 
 _SCALARS = (bool, int, float, str, type(None))
@@ -109,12 +109,14 @@ def _state_tensors(op: Op[Any, Any]) -> dict[str, torch.Tensor]:
     """Tensors reachable from the open forward context, by path: 'layers.0.kv_cache[1]'."""
     if op.spec.layer_arg is None:
         return {}
-    table = _current.get()
+    context = current_context()
     found: dict[str, torch.Tensor] = {}
+    if context is None:
+        return found
     seen: set[int] = set()
-    for name, layer in (table.layers or {}).items():
+    for name, layer in context.layers.items():
         _walk(layer, name, found, seen, 0)
-    _walk(table.metadata, "metadata", found, seen, 0)
+    _walk(context.metadata, "metadata", found, seen, 0)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -49,6 +50,7 @@ def compiles_pieces_of_dtensors() -> bool:
     return torch_version() > (2, 9)
 
 
+@functools.cache
 def checked_tags() -> frozenset[torch.Tag]:
     """The tags for which Library.define looks at the schema: "out" and "inplace", which torch 2.8 and 2.9 lack."""
     return frozenset(tag for tag in (getattr(torch.Tag, name, None) for name in ("out", "inplace")) if tag is not None)

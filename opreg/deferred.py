@@ -17,7 +17,9 @@ from typing import Any
 import torch
 
 from . import _compat, library
+from .errors import OpregError
 from .later import LOCK, later
+from .signature import source_of
 from .spec import OpSpec
 
 
@@ -47,6 +49,7 @@ class Recorded:
         self.make = make
         self.told = told
         self.op = op = later(cls, self)
+        # No __name__: Dynamo would look for these in the module of that name.
         names = {"__builtins__": builtins, "_op": op, "_name": name, "_define": _define}
         self.public = public = FunctionType(_CODE, names, fn.__name__)
         public.__module__ = fn.__module__
@@ -75,7 +78,12 @@ class Recorded:
             return self.op.spec
         if self.failed is not None:
             raise self.failed
-        self.make(self.op, self.public, *self.told)
+        try:
+            self.make(self.op, self.public, *self.told)
+        except OpregError as error:
+            place = source_of(self.public.__wrapped__)  # type: ignore[attr-defined]
+            error.args = (f"{error} (recorded at {place}, registered now)",)
+            raise
         calls, self.calls, told, self.told = self.calls or [], None, self.told, None
         try:
             for method, args, kwargs in calls:

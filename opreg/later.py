@@ -10,6 +10,7 @@ T = TypeVar("T")
 
 _CLASSES: dict[type, type] = {}
 _MAKE = "_opreg_make"
+_new, _set = object.__new__, object.__setattr__
 LOCK = threading.RLock()
 """Held while anything is made."""
 
@@ -20,8 +21,8 @@ def later(cls: type[T], make: Callable[[Any], T]) -> T:
     For classes whose instances keep everything in their __dict__. Until then `type()` of it is a subclass of `cls`.
     `make` may fill the instance itself and return it. Its exception goes to who asked, and anew to who asks next.
     """
-    made: Any = object.__new__(_CLASSES.get(cls) or _awaiting(cls))
-    made.__dict__[_MAKE] = make
+    made: Any = _new(_CLASSES.get(cls) or _awaiting(cls))
+    _set(made, _MAKE, make)  # without the instance's __dict__, which Python makes when it is first asked for
     return cast(T, made)
 
 

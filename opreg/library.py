@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -54,6 +55,7 @@ class _Namespace(torch._ops._OpNamespace):
 
 
 _AWAITING: dict[str, torch._ops.OpOverload] = {}
+_WATCHED: set[str] = set()  # namespaces that are of the class above
 _RECORDED: dict[str, Any] = {}  # ops that have only been recorded (deferred.py), and are defined by a look at one
 _DEFINED: set[str] = torch.library._defs
 _IMPLEMENTED: set[str] = torch.library._impls
@@ -82,11 +84,18 @@ def define(qualname: str, schema: str, tags: Sequence[torch.Tag] = ()) -> torch.
 
 
 def _await(qualname: str) -> torch._ops.OpOverload:
-    ops = getattr(torch.ops, qualname.partition("::")[0])
-    if type(ops) is torch._ops._OpNamespace:
-        ops.__class__ = _Namespace
-    made = _AWAITING[qualname] = later(torch._ops.OpOverload, lambda _: overload(qualname))
+    namespace = qualname.partition("::")[0]
+    if namespace not in _WATCHED:
+        ops = getattr(torch.ops, namespace)
+        if type(ops) is torch._ops._OpNamespace:
+            ops.__class__ = _Namespace
+        _WATCHED.add(namespace)
+    made = _AWAITING[qualname] = later(torch._ops.OpOverload, functools.partial(_looked_at, qualname))
     return made
+
+
+def _looked_at(qualname: str, _: Any) -> torch._ops.OpOverload:
+    return overload(qualname)
 
 
 def await_overload(qualname: str, op: Any) -> torch._ops.OpOverload:

@@ -105,8 +105,11 @@ class Op(Generic[P, R]):
     def call_with(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         return runner.call_with(self.spec, fn, args)
 
-    def gather(self, many: Callable[[tuple[Any, ...]], Any], first: bool = False) -> FunctionType:
-        return runner.gather(self.spec, many, first)
+    def gather(self, many: Callable[[tuple[Any, ...]], Any]) -> Callable[..., Any]:
+        return runner.gather(self.spec, many)
+
+    def chooser(self, *told: Any) -> Callable[..., Any]:
+        return runner.chooser(self.spec, *told)
 
     def force(self, change: int) -> None:
         """Count of active use_kernel blocks; runners are rebuilt when it leaves or reaches zero."""
@@ -331,19 +334,20 @@ def register_op(
             return x * 2
     """
     if callable(name):
-        return _register(None, name, (), None, None, (), None)
-    tag_tuple = (tags,) if isinstance(tags, torch.Tag) else tuple(tags)
-    return lambda fn: _register(name, fn, mutates_args, device_types, schema, tag_tuple, kind)
+        return _register(None, (), None, None, (), None, name)
+    if type(tags) is not tuple:
+        tags = (tags,) if isinstance(tags, torch.Tag) else tuple(tags)
+    return functools.partial(_register, name, mutates_args, device_types, schema, tags, kind)
 
 
 def _register(
     name: str | None,
-    fn: Callable[..., Any],
     mutates_args: str | Iterable[str] | Mapping[str, str],
     device_types: str | Iterable[str] | None,
     schema: str | None,
     tags: tuple[torch.Tag, ...],
     kind: str | None,
+    fn: Callable[..., Any],
 ) -> Any:
     if not hasattr(fn, "__code__"):
         raise SignatureError(f"register_op decorates Python functions; got {type(fn).__name__}: {fn!r}")

@@ -43,8 +43,8 @@ def qualify(name: str | None, fn: Callable[..., Any]) -> str:
     """The operator name that was given, checked, or "<top package>::<function>"."""
     if name is None:
         name = f"{fn.__module__.split('.')[0].strip('_') or 'main'}::{fn.__name__}"
-    namespace, colons, tail = name.partition("::")
-    if not (colons and namespace.isidentifier() and tail.isidentifier()):
+    namespace, _, tail = name.partition("::")
+    if not (tail.isidentifier() and namespace.isidentifier()):
         raise RegistrationError(f"'{name}' is no operator name; write 'namespace::name', both Python identifiers")
     return name
 
@@ -142,8 +142,7 @@ def _load_packages() -> dict[str, BaseException | None]:
 
 def record(name: str, op: Op) -> bool:
     """Enter a deferred op; False if the name is taken."""
-    with _LOCK:
-        return _OPS.setdefault(name, op) is op
+    return _OPS.setdefault(name, op) is op  # one step to other threads
 
 
 def discard(op: Op) -> None:

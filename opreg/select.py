@@ -277,19 +277,16 @@ def runner(op: Op, device_type: str) -> Callable[..., Any]:
         _say_choice(op, device_type, best)
         return choices[0][2]
 
-    def choose(args: tuple[Any, ...]) -> Any:
-        for kernel, predicate, fn in choices:
-            refusal = None if predicate is None else op.call_with(predicate, args)
-            if refusal is None:
-                _say_choice(op, device_type, kernel)
-                if kernel is best and kernel.priority != REFERENCE_PRIORITY:  # said once, and asked first from now on
-                    run.__globals__.update(_first=fn, _why_not=predicate)
-                return op.call_with(fn, args)
-            _say_once(op, f"{op.name} on {device_type}: {kernel.name} refused: {refusal}")
-        raise no_kernel(op, device_type, args)
+    def chosen(index: int) -> bool:
+        _say_choice(op, device_type, choices[index][0])
+        return not _is_fallback(op, device_type, choices[index][0])
 
-    run = op.gather(choose, first=True)
-    return run
+    return op.chooser(
+        [(predicate, fn) for _, predicate, fn in choices],
+        chosen,
+        lambda index, why: _say_once(op, f"{op.name} on {device_type}: {choices[index][0].name} refused: {why}"),
+        lambda args: no_kernel(op, device_type, args),
+    )
 
 
 def _forced_runner(op: Op, device_type: str) -> Callable[..., Any]:
@@ -320,10 +317,15 @@ def _say_once(op: Op, text: str) -> None:
     log.info("%s", text)
 
 
+def _is_fallback(op: Op, device_type: str, kernel: KernelSpec) -> bool:
+    """Whether an accelerator runs the reference for want of a kernel."""
+    # An op with nothing but its body is complete as it is: there is no faster kernel to miss.
+    return kernel.priority == REFERENCE_PRIORITY and device_type != "cpu" and len(op.kernels) > 1
+
+
 def _say_choice(op: Op, device_type: str, kernel: KernelSpec) -> None:
     """Log the choice once; a reference on an accelerator is a warning, and an error with OPREG_STRICT=1."""
-    # An op with nothing but its body is complete as it is: there is no faster kernel to miss.
-    if kernel.priority == REFERENCE_PRIORITY and device_type != "cpu" and len(op.kernels) > 1:
+    if _is_fallback(op, device_type, kernel):
         others = [str(d) for d in explain(op, device_type).decisions if d.state in ("missing", "refused")]
         text = f"{op.name} on {device_type} falls back to its reference, which is slow; {listing(others)}"
         if os.environ.get("OPREG_STRICT", "") not in ("", "0"):

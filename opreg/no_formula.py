@@ -126,12 +126,17 @@ def _refuse_in_graphs(op: Op) -> None:
     library.autograd(op.name, backward, setup_context)
 
 
+def _has_tangent(tensor: torch.Tensor) -> bool:
+    try:
+        return forward_ad.unpack_dual(tensor).tangent is not None
+    except RuntimeError:
+        return False  # autograd is off here, or there are no views of such a tensor, and so no dual ones
+
+
 def tangents(op: Op, args: Sequence[Any]) -> None:
     """AutogradError for dual tensors: their tangents would be dropped, and a derivative be zero without a word."""
     with _disable_current_modes(), torch._C.DisableTorchFunction():  # nobody is to see that we ask
-        bare = [_compat.unbatched(tensor) for tensor in _tensors(args)]
-        # Sparse tensors carry no tangents, and cannot be asked.
-        dual = any(forward_ad.unpack_dual(t).tangent is not None for t in bare if t.layout is torch.strided)
+        dual = any(_has_tangent(_compat.unbatched(tensor)) for tensor in _tensors(args))
     if dual:
         raise AutogradError(
             f"{op.name}: called with a dual tensor, but operators have no forward-mode derivative; take reverse "

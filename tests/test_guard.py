@@ -319,3 +319,44 @@ def test_tangents_are_refused_and_not_dropped(kind: str) -> None:
     # Here the tangent is gone before the operator's own implementation is called: torch.ops would not see it.
     with pytest.raises(AutogradError, match="dual tensor"):
         torch.func.jvp(twice, (x,), (x,))
+
+
+def test_whether_a_tensor_has_a_tangent_is_asked_unseen_and_of_any_tensor(kind: str) -> None:
+    @register_op(f"t_guard_{kind}::double")
+    def double(x: Tensor) -> Tensor:
+        return x * 2
+
+    double.register_vmap(lambda info, in_dims, x: (double(x), in_dims[0]))
+    double(X)
+    with forward_ad.dual_level():
+        assert torch.equal(torch.func.vmap(double)(X), 2 * X)
+        assert torch.equal(
+            torch.func.vmap(lambda one: one + double(X).sum())(torch.ones(2)), 2 * X.sum() + torch.ones(2)
+        )
+        assert torch.equal(double(X.to_sparse()).to_dense(), 2 * X)
+        with Noted() as seen:
+            double(X.as_subclass(Quiet))
+        assert seen.functions == ["double.default"]
+
+
+class Noted(TorchFunctionMode):
+    """What a function mode gets to see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.functions: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.functions.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_function_mode_sees_the_operator_and_nothing_of_the_guard(kind: str) -> None:
+    @register_op(f"t_guard_{kind}::written", mutates_args=("x",))
+    def written(x: Tensor) -> None:
+        x.data.zero_()
+
+    written(X.clone())
+    with Noted() as seen:
+        written(X.clone())
+    assert seen.functions[:2] == ["clone", "written.default"]

@@ -11,6 +11,7 @@ import inspect
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -21,6 +22,7 @@ from . import guard, registry
 from .bench import Timing, interleave, per_call
 from .bench_alias import alias_guard
 from .bench_compile import cold_compiles, warm_forwards
+from .bench_process import processes
 from .bench_rows import Row, rows
 from .bench_split import splits
 from .context import current_layer, forward_context
@@ -223,6 +225,15 @@ class _Global:
     layers: dict[str, Any] | None = None
 
 
+@contextmanager
+def _set_global(layers: dict[str, Any], metadata: Any) -> Iterator[None]:
+    before, _Global.layers = _Global.layers, layers
+    try:
+        yield
+    finally:
+        _Global.layers = before
+
+
 _bare: ContextVar[dict[str, Any] | None] = ContextVar("opreg_bench", default=None)
 
 
@@ -253,11 +264,37 @@ def forward_contexts() -> Iterator[Row]:
                 }
             )
         yield from rows("forward context: look-up", timings, "module global")
-        enter = per_call({"enter and leave": ("c.__enter__(); c.__exit__()", {"c": context})}, number=500)
-        yield from rows("forward context: enter and leave", enter, "enter and leave")
+        whole = "\n        with make(layers=layers, metadata='step'): pass"
+        enter = per_call(
+            {
+                "enter and leave": ("c.__enter__(); c.__exit__()", {"c": context}),
+                "made, entered and left": (whole, {"make": forward_context, "layers": layers}),
+                "contextmanager on a module global": (whole, {"make": _set_global, "layers": layers}),
+            },
+            number=500,
+        )
+        yield from rows("forward context: enter and leave", enter, "contextmanager on a module global")
     finally:
         _bare.reset(token)
         _Global.layers = None
+
+
+def selections() -> Iterator[Row]:
+    """A call of an op whose kernel is chosen by a predicate, which accepts it, beside one without."""
+
+    def kernel(x: Tensor) -> Tensor:
+        return _OTHER
+
+    def accepts(x: Tensor) -> str | None:
+        return None
+
+    calls: dict[str, tuple[str, dict[str, Any]]] = {}
+    x = torch.randn(4)
+    for way, predicate in (("one kernel", None), ("two kernels, one predicate", accepts)):
+        op = register_op(f"opreg_bench::chosen_{next(_serial)}")(_one)
+        op.register_kernel("cpu", kernel, why_not=predicate)
+        calls[way] = ("f(x)", {"f": op, "x": x})
+    yield from rows("choice of the kernel", per_call(calls), "one kernel")
 
 
 def _jax_calls() -> Iterator[Row]:
@@ -271,6 +308,8 @@ SECTIONS: dict[str, Callable[[], Iterator[Row]]] = {
     "compiled": compiled_calls,
     "registration": registration,
     "context": forward_contexts,
+    "choice": selections,
+    "process": processes,
     "split": splits,
     "cold": cold_compiles,
     "warm": warm_forwards,

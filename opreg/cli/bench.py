@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from opreg.bench_cases import Case
     from opreg.op import Op
 
-_SECTIONS = ("eager", "compiled", "registration", "context", "split", "cold", "warm")
+_SECTIONS = ("eager", "compiled", "registration", "context", "choice", "process", "split", "cold", "warm")
 _ASKED_FOR = ("alias", "jax")
 """Sections that run when they are named: they take long, or need more than torch."""
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map_only
 
 
@@ -56,8 +57,14 @@ def _inference(x: Tensor) -> Tensor:
         return x + 0
 
 
+def _dual(x: Tensor) -> Tensor:
+    """With a tangent, where there is a level to carry it."""
+    return x if forward_ad._current_level < 0 else forward_ad.make_dual(x, torch.ones_like(x))
+
+
 TENSORS: dict[str, Callable[[Tensor], Any]] = {
     "plain": lambda x: x,
+    "dual": _dual,
     "leaf": lambda x: x.requires_grad_(),
     "computed": lambda x: x.requires_grad_() * 1,
     "parameter": torch.nn.Parameter,

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from opreg.backend_artifacts import Library
+from opreg.backend_link import linked_by_name
 
 log = logging.getLogger("opreg")
 # Above this many the kernels are spread over the compiler's threads.
@@ -105,7 +106,8 @@ def _start(kernels: Sequence[Later]) -> Callable[[], list[Kernel]]:
     source = _source(kernels)
     library = Library(source)
     library.check()
-    load = Together.load_async(source, "cpu", submit_fn=AsyncCompile().submit)
+    submit = AsyncCompile().submit
+    load = Together.load_async(source, "cpu", submit_fn=lambda job: submit(linked_by_name(job)))
 
     def finish() -> list[Kernel]:
         try:

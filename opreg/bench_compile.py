@@ -1,7 +1,7 @@
-"""`opreg bench --framework cold warm`: compiling and running a model of 32 like layers.
+"""`opreg bench --framework cold layers warm`: compiling and running a model of 32 like layers.
 
-Beside whole-graph Inductor, and a split whose pieces all go to Inductor through AOTAutograd, which finds the like ones
-in its cache (what a splitter without structural keys does). "opreg eager" is Dynamo, splitting and keys alone.
+Beside whole-graph Inductor, and beside a split whose like pieces are found by the key of torch's own cache, as vLLM
+does it (see bench_by_torch_key). "opreg eager" is Dynamo, splitting and keys alone.
 """
 
 from __future__ import annotations
@@ -10,29 +10,33 @@ import json
 import os
 import random
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from . import library
+from .backend import opreg_backend
 from .bench import Timing, summary
-from .bench_rows import Row, rows
+from .bench_by_torch_key import by_torch_key
+from .bench_rows import Row, beside, rows
 
 LAYERS = 32
+TORCH_KEY = "split, key of torch's cache"
 
 
 def attn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, name: str) -> None:
     torch.mul(q, k, out=out)
 
 
-NAME = "opreg_bench_model::attn"
+NAMESPACE = "opreg_bench_model"
+NAME = f"{NAMESPACE}::attn"
 ON = [NAME]
 
 
@@ -86,32 +90,12 @@ class Model(nn.Module):
         return x
 
 
-def by_cache(gm: torch.fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
-    """Every piece to compile_fx; torch's own caches find the like ones."""
-    from torch._guards import TracingContext, tracing
-    from torch._inductor.compile_fx import compile_fx
-
-    from opreg.graph import split_graph
-
-    split = split_graph(gm, on=ON)
-    runs: dict[int, Any] = {}
-    for index, module in split.build_all().items():
-        nodes = [n for n in module.graph.nodes if n.op == "placeholder"]
-        values = [n.meta["example_value"] for n in nodes]
-        with tracing(TracingContext(values[0].fake_mode)):
-            runs[index] = compile_fx(module, values)
-    split.same = list(range(len(split.pieces)))
-    for index, run in runs.items():
-        split.use(index, run)
-    return split.function()
-
-
 def compiled(way: str, model: nn.Module) -> Callable[..., torch.Tensor]:
     made: Callable[..., torch.Tensor]
     if way == "whole graph":
         made = torch.compile(model, fullgraph=True, dynamic=False)
-    elif way == "split, torch's cache":
-        made = torch.compile(model, backend=by_cache, fullgraph=True, dynamic=False)
+    elif way == TORCH_KEY:
+        made = torch.compile(model, backend=by_torch_key(NAME), fullgraph=True, dynamic=False)
     else:
         options: dict[str, Any] = {"split_on": ON, "inner": "eager" if way == "opreg eager" else "inductor"}
         made = torch.compile(model, backend="opreg", fullgraph=True, dynamic=False, options=options)
@@ -150,15 +134,49 @@ def fresh(way: str) -> float:
     return float(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-def cold_compiles(rounds: int = 1) -> Iterator[Row]:
-    """The first call of a 32-layer model: CPU seconds, the compiler's children included."""
-    ways = ["whole graph", "split, torch's cache", "opreg", "opreg eager"]
+def cold_compiles(rounds: int = 2) -> Iterator[Row]:
+    """The first call of a 32-layer model: CPU seconds, the compiler's children included, the least of the rounds."""
+    ways = ["whole graph", TORCH_KEY, "opreg", "opreg eager"]
     found: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(rounds):
         for way in random.sample(ways, len(ways)):
             found[way].append(fresh(way))
-    timings = {way: Timing(statistics.median(times), min(times), max(times)) for way, times in found.items()}
-    yield from rows(f"cold compile: {LAYERS} layers, CPU time", timings, "whole graph")
+    timings = {way: Timing(min(times), min(times), max(times)) for way, times in found.items()}
+    section = f"cold compile: {LAYERS} layers, CPU time"
+    yield from rows(section, timings, "whole graph")
+    yield from beside(section, timings, TORCH_KEY)
+
+
+def further_layers(rounds: int = 5, few: int = 8, many: int = 40) -> Iterator[Row]:
+    """What one like layer more adds, Dynamo's tracing aside: CPU time in the backend for many layers less that for few.
+
+    Every piece was compiled before, so that the difference is that of the layers; least of the rounds."""
+    define_attention()
+    backends: dict[str, Callable[..., Any]] = {
+        "opreg": lambda gm, inputs: opreg_backend(gm, inputs, {"split_on": ON}),
+        TORCH_KEY: by_torch_key(NAME),
+    }
+    found: dict[str, dict[int, float]] = {way: {} for way in backends}
+
+    def timed(layers: int, gm: torch.fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        for way, backend in backends.items():
+            backend(gm, example_inputs)
+            for _ in range(rounds):
+                start = time.thread_time()
+                backend(gm, example_inputs)
+                seconds = time.thread_time() - start
+                found[way][layers] = min(seconds, found[way].get(layers, seconds))
+        return gm.forward
+
+    with torch.no_grad():
+        for layers in (few, many):
+            torch._dynamo.reset()
+            compiled = torch.compile(Model(layers), backend=partial(timed, layers), fullgraph=True, dynamic=False)
+            compiled(torch.randn(16, WIDTH))
+    each = {way: (times[many] - times[few]) / (many - few) for way, times in found.items()}
+    section = "one like layer more, Dynamo aside, CPU time"
+    for way, seconds in each.items():
+        yield Row(section, way, seconds, TORCH_KEY, seconds / each[TORCH_KEY])
 
 
 def warm_forwards(rounds: int = 60) -> Iterator[Row]:
@@ -172,7 +190,7 @@ def warm_forwards(rounds: int = 60) -> Iterator[Row]:
         with torch.no_grad():
             fns: dict[str, Callable[..., torch.Tensor]] = {"eager": model}
             want = model(x)
-            for way in ("whole graph", "split, torch's cache", "opreg"):
+            for way in ("whole graph", TORCH_KEY, "opreg"):
                 copy = Model(LAYERS)
                 copy.load_state_dict(model.state_dict())
                 fns[way] = compiled(way, copy)
@@ -189,7 +207,9 @@ def warm_forwards(rounds: int = 60) -> Iterator[Row]:
     finally:
         torch.set_num_threads(threads)
     timings = {name: summary(found) for name, found in samples.items()}
-    yield from rows(f"warm forward: {LAYERS} layers", timings, "whole graph")
+    section = f"warm forward: {LAYERS} layers"
+    yield from rows(section, timings, "whole graph")
+    yield from beside(section, timings, TORCH_KEY)
 
 
 if __name__ == "__main__":

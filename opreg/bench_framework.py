@@ -21,7 +21,7 @@ from torch import Tensor
 from . import guard, registry
 from .bench import Timing, interleave, per_call
 from .bench_alias import alias_guard
-from .bench_compile import cold_compiles, warm_forwards
+from .bench_compile import cold_compiles, further_layers, warm_forwards
 from .bench_process import processes
 from .bench_rows import Row, rows
 from .bench_split import splits
@@ -312,6 +312,7 @@ SECTIONS: dict[str, Callable[[], Iterator[Row]]] = {
     "process": processes,
     "split": splits,
     "cold": cold_compiles,
+    "layers": further_layers,
     "warm": warm_forwards,
     "alias": alias_guard,
     "jax": _jax_calls,

@@ -23,3 +23,8 @@ def rows(section: str, timings: dict[str, Timing], baseline: str) -> Iterator[Ro
     base = timings[baseline].median
     for what, timing in timings.items():
         yield Row(section, what, timing.median, baseline, timing.median / base)
+
+
+def beside(section: str, timings: dict[str, Timing], baseline: str) -> Iterator[Row]:
+    """opreg's own row once more, beside another baseline of the same run."""
+    yield Row(section, "opreg", timings["opreg"].median, baseline, timings["opreg"].median / timings[baseline].median)

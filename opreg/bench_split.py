@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.passes.split_module import split_module
 
 from . import library
 from .bench import Timing, summary
+from .bench_by_torch_key import cut
 from .bench_compile import NAME, ON, define_attention
 from .bench_rows import Row, rows
 from .graph import split_graph
@@ -84,26 +84,10 @@ def transformer(layers: int) -> GraphModule:
     return GraphModule(torch.nn.Module(), graph)
 
 
-def with_split_module(gm: GraphModule) -> None:
-    """The usual way: number the nodes, one number more before and after each splitting op."""
-    attention = library.overload(NAME)
-    number, numbers = 0, {}
-    for node in gm.graph.nodes:
-        if node.op in ("placeholder", "output"):
-            continue
-        if node.target is attention:
-            number += 1
-            numbers[node] = number
-            number += 1
-        else:
-            numbers[node] = number
-    split_module(gm, gm, lambda node: numbers[node], keep_original_order=True)
-
-
 def splits(rounds: int = 3) -> Iterator[Row]:
     """Cutting the graph of 32 and of 320 layers: CPU time per node."""
     ways: dict[str, Callable[[GraphModule], object]] = {
-        "split_module": with_split_module,
+        "split_module": lambda gm: cut(gm, [library.overload(NAME)]),
         "split_graph": lambda gm: split_graph(gm, on=ON),
         "split_graph, every piece built": lambda gm: split_graph(gm, on=ON).build_all(),
     }

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from opreg.bench_cases import Case
     from opreg.op import Op
 
-_SECTIONS = ("eager", "compiled", "registration", "context", "choice", "process", "split", "cold", "warm")
+_SECTIONS = (
+    "eager", "compiled", "registration", "context", "choice", "process", "split", "cold", "layers", "warm",
+)  # fmt: skip
 _ASKED_FOR = ("alias", "jax")
 """Sections that run when they are named: they take long, or need more than torch."""
 

@@ -1,4 +1,4 @@
-"""Where split_graph cuts, what may cross a border, what counts as the same, and what it says about bad names."""
+"""Where split_graph cuts, what may cross a border, and what counts as the same."""
 
 import operator
 import re
@@ -9,17 +9,14 @@ import torch
 import torch.utils.checkpoint
 from torch.fx import Graph, GraphModule, symbolic_trace
 
-from opreg.errors import UnknownOpError
 from opreg.graph import SplitGraph, split_graph
 
 LIB = torch.library.Library("opreg_graph", "DEF")
 LIB.define("attn(Tensor q, Tensor(a!) out, str name) -> ()")
 LIB.define("pair(Tensor x) -> (Tensor, Tensor)")
-LIB.define("pair.other(Tensor x, int n) -> (Tensor, Tensor)")
 LIB.define("moe(Tensor x, str name) -> Tensor")
 LIB.impl("attn", lambda q, out, name: (out.copy_(q + 1), None)[1], "CompositeExplicitAutograd")
 LIB.impl("pair", lambda x: (x + 1, x * 2), "CompositeExplicitAutograd")
-LIB.impl("pair.other", lambda x, n: (x + n, x * 2), "CompositeExplicitAutograd")
 LIB.impl("moe", lambda x, name: x * len(name), "CompositeExplicitAutograd")
 torch.library.register_fake("opreg_graph::attn", lambda q, out, name: None, lib=LIB)
 torch.library.register_fake("opreg_graph::pair", lambda x: (torch.empty_like(x), torch.empty_like(x)), lib=LIB)
@@ -301,43 +298,6 @@ def test_a_split_inside_a_checkpoint_is_reported() -> None:
     split = split_graph(gm, on=["opreg_graph::pair"])
     assert any("not split at opreg_graph::pair inside of wrap_body" in note for note in split.report().notes)
     assert kinds(split) == "CSCS"
-    same(split, gm, X)
-
-
-def test_unknown_names_are_refused_with_the_nearest() -> None:
-    gm = trace(lambda x: x + 1, X)
-    with pytest.raises(UnknownOpError, match=r"no operator 'opreg_graph::atn'.*Did you mean 'opreg_graph::attn'"):
-        split_graph(gm, on=["opreg_graph::atn"])
-    with pytest.raises(UnknownOpError, match=r"opreg_graph::attn\.missing"):
-        split_graph(gm, on=["opreg_graph::attn.missing"])
-    with pytest.raises(UnknownOpError, match="'attn'"):
-        split_graph(gm, on=["attn"])
-    with pytest.raises(UnknownOpError, match="42, which is no operator"):
-        split_graph(gm, on=[42])
-
-
-@pytest.mark.parametrize(
-    "on", ["opreg_graph::pair", "opreg_graph::pair.default", ns.pair, ns.pair.default], ids=lambda on: str(on)
-)
-def test_ops_can_be_named_in_every_way(on: Any) -> None:
-    def fn(x: torch.Tensor) -> torch.Tensor:
-        a, _ = ns.pair(x + 1)
-        return a + 1
-
-    split = split_graph(gm := trace(fn, X), on=[on])
-    assert kinds(split) == "CSC"
-    same(split, gm, X)
-
-
-def test_an_overload_that_is_not_called_is_not_split_at() -> None:
-    split = split_graph(trace(lambda x: ns.pair.default(x + 1)[0] + 1, X), on=["opreg_graph::pair.other"])
-    assert kinds(split) == "C"
-    assert split.report().unmatched == ("opreg_graph::pair.other",)
-
-
-def test_aten_names_match_what_dynamo_writes() -> None:
-    split = split_graph(gm := trace(lambda x: torch.mm(x + 1, x.t()) + 1, X), on=["aten::mm"])
-    assert kinds(split) == "CSC"
     same(split, gm, X)
 
 

@@ -81,7 +81,7 @@ def rows(report: Report) -> list[tuple[str, str, str, str]]:
                 continue
             same = kind_of(p)
             seconds = report.seconds.get(same)
-            remark = f"distinct {numbers[same]}" + (f", compiled in {seconds:.2f} s" if seconds is not None else "")
+            remark = f"distinct {numbers[same]}" + (f", compiled in {seconds:.2f} s" if _compiled(seconds) else "")
             made = shapes(p)
             found.append(
                 (times, f"{p.index}", f"{len(p.ops)} ops: {gist(p.ops)}", remark + f", makes {made}" * bool(made))

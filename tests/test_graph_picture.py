@@ -124,6 +124,7 @@ def test_opreg_graph_prints_and_draws(model: Path, capsys: pytest.CaptureFixture
     assert "11 x" in out or "10 x" in out
     assert "linear and 2 more" in out
     assert "makes float32[3, 8]" in out
+    assert "compiled in" not in out, "nothing is compiled unless asked for"
     ElementTree.fromstring(picture.read_text(encoding="utf-8"))
 
 

@@ -116,12 +116,14 @@ def _function(op: Op[..., Any], what: str, target: str) -> Callable[..., Any]:
 def floors(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Call, int]]:
     """{what: (call, its bytes or operations)}: what this machine can do, to be timed in the same rounds as the rest.
 
-    A copy counts the bytes that it reads and those that it writes.
+    A copy counts the bytes that it reads and those that it writes. torch_xla would answer it with the source itself,
+    so there every bit is turned over, which reads and writes as many bytes.
     """
     source = torch.zeros(_COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     a = torch.ones(_PEAK_SIZE, _PEAK_SIZE, dtype=dtype, device=device)
+    copy = partial(torch.bitwise_not, source) if device.type == "xla" else partial(target.copy_, source)
     return {
-        "copy": (partial(target.copy_, source), 2 * _COPY_BYTES),
+        "copy": (copy, 2 * _COPY_BYTES),
         "matrix product": (partial(torch.mm, a, a), 2 * _PEAK_SIZE**3),
     }

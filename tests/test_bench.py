@@ -3,12 +3,17 @@
 import importlib
 import json
 import re
+import weakref
+from argparse import Namespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from opreg import devices
 from opreg.bench import interleave, per_call
+from opreg.cli import bench as bench_command
 from opreg.cli import main
 
 
@@ -283,3 +288,52 @@ def test_an_op_without_figures_of_the_tpu_compiler(capsys, doubled):
     for workloads in ("", WORKLOADS):
         assert main(["bench", doubled(workloads), "--tpu"]) == 2
         assert "has no figures from the TPU compiler" in capsys.readouterr().err
+
+
+def test_results_are_held_until_the_device_is_done(monkeypatch):
+    """torch_xla computes only what somebody holds."""
+
+    class Result:
+        pass
+
+    made, held = [], []
+
+    def call():
+        result = Result()
+        made.append(weakref.ref(result))
+        return result
+
+    monkeypatch.setattr(devices, "waiter", lambda device_type: lambda: held.append(made[-1]() is not None))
+    bench_command._interleave(Namespace(seconds=0.0), torch.device("xla"), {"it": call})
+    assert len(held) > 3
+    assert all(held)
+    assert all(result() is None for result in made)
+
+
+def test_a_device_whose_package_is_missing_is_named(capsys, monkeypatch):
+    monkeypatch.setattr(devices, "_has_torch_xla", lambda: False)
+    assert main(["bench", "opreg::rms_norm", "--device", "xla"]) == 1
+    assert "--device xla: device 'xla' needs torch_xla, which is not installed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("installed", "pjrt", "expected"),
+    [
+        (False, None, ["cpu"]),
+        (False, "TPU", ["cpu"]),
+        (True, None, ["cpu", "xla"]),
+        (True, "CPU", ["cpu", "xla"]),
+        (True, "TPU", ["xla", "cpu"]),
+    ],
+)
+def test_xla_is_present_where_torch_xla_is_installed(monkeypatch, installed, pjrt, expected):
+    monkeypatch.setattr(devices, "_has_torch_xla", lambda: installed)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "tpu", SimpleNamespace(is_available=lambda: False), raising=False)
+    monkeypatch.delenv("PJRT_DEVICE", raising=False)
+    if pjrt is not None:
+        monkeypatch.setenv("PJRT_DEVICE", pjrt)
+    assert devices.present() == expected
+    torch.tpu.is_available = lambda: True
+    assert devices.present() == ["tpu", *expected]

@@ -132,7 +132,7 @@ def _framework(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def _operator(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     import torch
 
-    from opreg import bench_cases
+    from opreg import bench_cases, devices
     from opreg.errors import UnknownOpError
 
     dtype = None if args.dtype is None else getattr(torch, args.dtype, None)
@@ -140,6 +140,7 @@ def _operator(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         raise UnknownOpError(f"--dtype: torch has no dtype '{args.dtype}'")
     start.load_ops(args.verbose)
     op, device = start.find_op(args.op), torch.device(args.device)
+    devices.prepare(device.type, f"--device {args.device}")
     with torch.no_grad():
         if args.samples or not bench_cases.has_cases(op):
             if args.case:
@@ -179,16 +180,18 @@ def _interleave(
     """Times of whole calls: CPU time where there is one thread (other processes do not count), else wall time."""
     import torch
 
+    from opreg import devices
     from opreg.bench import interleave
 
     if device.type == "cpu":
         clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
         return interleave(calls, seconds=args.seconds, clock=clock)
-    wait = torch.get_device_module(device).synchronize
+    wait = devices.waiter(device.type)
 
     def finished(call: Callable[[], Any]) -> None:
-        call()
+        result = call()  # kept until then: torch_xla computes only what somebody holds
         wait()
+        del result
 
     return interleave({name: partial(finished, call) for name, call in calls.items()}, seconds=args.seconds)
 

@@ -7,16 +7,16 @@ storages or strides is skipped with the reason.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
+import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from .. import fake
-from ..errors import KernelError, OpregError
+from .. import devices, fake
+from ..errors import OpregError
 from ..op import Op
 from ..spec import REFERENCE, KernelSpec
 from . import compiled, eager, fakes, modes, outputs, variants, verdict
@@ -32,6 +32,10 @@ _SKIPPED = {
     "outputs": "no argument is an output, and no result can be memory that nobody wrote: torch_xla's are zeros",
     "vmap": "batching rules are the same on every device; they are checked with --device cpu",
 }
+
+# XLA's compiler for the CPU takes minutes over the unrolled loop of a reference, most of them in LLVM's optimisation,
+# which changes no value that a check looks at. Read when the first device is made.
+_CHEAP_COMPILES = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 @dataclass(frozen=True)
@@ -67,9 +71,9 @@ class OnXla(OneCall):
     """One check of one op on torch_xla."""
 
     def __init__(self, op: Op[Any, Any], seed: int, kernel: str | None, index: int | None, compilers: bool) -> None:
-        if importlib.util.find_spec("torch_xla") is None:
-            raise KernelError(f"{op.name}: a check on device 'xla' needs torch_xla, which is not installed")
-        importlib.import_module("torch_xla")  # registers the device
+        if "torch_xla" not in sys.modules and os.environ.get("PJRT_DEVICE") == "CPU":
+            os.environ.setdefault("XLA_FLAGS", _CHEAP_COMPILES)
+        devices.prepare("xla", op.name)
         super().__init__(op, "xla", kernel)
         self.seed, self.index, self.compilers = seed, index, compilers
         self.report = Report(op.name, "xla", seed)

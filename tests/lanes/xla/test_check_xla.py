@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import pytest
 from torch import Tensor
 
 import opreg
+from opreg import devices
 from opreg.cli import main
 from opreg.testing import check_op
 
@@ -99,3 +101,10 @@ def test_what_is_broken_is_found(op, check: str, text: str) -> None:
 def test_the_command_finds_nothing_in_what_ships(name: str, kernel: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", name, "--device", "xla", "--input", "0", "--kernel", kernel]) == 0
     assert "openxla, static sizes, no graph break" in capsys.readouterr().out
+
+
+def test_times_on_xla_are_of_work_that_was_done(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "segment_sum", "--device", "xla", "--seconds", "0.01", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["bench"]
+    assert {row["what"] for row in rows} == {"pallas/segment_sum", "reference"}
+    assert devices.present() == ["cpu", "xla"]

@@ -163,7 +163,7 @@ def rpa_cpp(
 ) -> Tensor:
     """Attention of every sequence's query rows over its pages; see opreg::ragged_paged_attention."""
     # fmt: off
-    made = rpa_entry.attend(
+    made: Tensor | None = rpa_entry.attend(
         q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sm_scale, sliding_window, soft_cap, mask_value,
         k_scale, v_scale, kv_layout, sinks, False, None, None,
     )
@@ -193,7 +193,7 @@ def rpa_cpp_lse(
 ) -> tuple[Tensor, Tensor]:
     """The same, with the log-sum-exp of each row; see opreg::ragged_paged_attention_lse."""
     # fmt: off
-    made = rpa_entry.attend(
+    made: tuple[Tensor, Tensor] | None = rpa_entry.attend(
         q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sm_scale, sliding_window, soft_cap, mask_value,
         k_scale, v_scale, kv_layout, sinks, True, None, None,
     )

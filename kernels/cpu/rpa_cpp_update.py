@@ -103,7 +103,7 @@ def rpa_cpp_fused(
 ) -> Tensor:
     """Write the step's K and V, then attend, in one call; see opreg::ragged_paged_attention_update."""
     # fmt: off
-    made = rpa_entry.attend(
+    made: Tensor | None = rpa_entry.attend(
         q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sm_scale, sliding_window, soft_cap, mask_value,
         k_scale, v_scale, kv_layout, sinks, False, k, v,
     )

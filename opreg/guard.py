@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch._C import _are_functorch_transforms_active, _has_torch_function_unary, _is_tracing, _len_torch_dispatch_stack
 from torch.autograd import forward_ad, profiler
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import guard_build, library
 from .errors import RegistrationError
@@ -121,8 +122,9 @@ def _load() -> Any:
         return f"OPREG_GUARD={setting()}"
     try:
         module = guard_build.load()
-        plain, parameter = torch.empty(2), torch.nn.Parameter(torch.empty(2))
-        samples = [(tensor, tensor._cdata) for tensor in (plain, parameter, plain[1:])]
+        with _disable_current_modes():  # the first call may be one that is being traced, and these are no part of it
+            plain, parameter = torch.empty(2), torch.nn.Parameter(torch.empty(2))
+            samples = [(tensor, tensor._cdata) for tensor in (plain, parameter, plain[1:])]
         module.bind(torch.Tensor, torch.nn.Parameter, library.implementations(), vars(forward_ad), samples)
     except guard_build.NotBuilt as reason:
         return reason

@@ -155,6 +155,19 @@ def test_tracers_record_the_operator(op: Spied) -> None:
     assert torch.equal(traced(2 * X), 4 * X + 1)
 
 
+def test_a_guard_that_is_loaded_by_a_traced_call_leaves_nothing_in_the_graph(
+    op: Spied, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "_loaded", [])
+
+    def call(x: Tensor) -> Any:
+        guard.native()
+        return op.function(x, [])
+
+    graph = make_fx(call)(X).graph
+    assert [node.target for node in graph.nodes if node.op == "call_function"] == [op.overload]
+
+
 def test_batching_rules_and_formulas(kind: str) -> None:
     @register_op(f"t_guard_{kind}::cube")
     def cube(x: Tensor) -> Tensor:

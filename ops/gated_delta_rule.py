@@ -239,6 +239,12 @@ for _op in (gated_delta_rule, gated_delta_rule_backward):
         why_not=f"opreg.kernels.cpu.gdn_rule:{_op.name.partition('::')[2]}_why_not",
         priority=10,
     )
+    _op.register_kernel(
+        ("cpu", "cuda", "xpu"),
+        f"opreg.kernels.cpu.gdn_rule_torch:{_op.name.partition('::')[2]}_chunks",
+        why_not=f"opreg.kernels.cpu.gdn_rule_torch:{_op.name.partition('::')[2]}_chunks_why_not",
+        priority=5,
+    )
     _op.register_sharding("hk", "hv")
     _op.tolerance(torch.float32, 2e-6, "sums over channels in another order, along a recurrence")
     _op.tolerance(torch.bfloat16, 4e-3, "results are rounded to 8 bits")

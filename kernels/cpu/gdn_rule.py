@@ -1,4 +1,4 @@
-"""The gated delta rule and its gradients in C++, float32 inside; states are computed again on the way back."""
+"""The gated delta rule and its gradients in C++, float32 inside, short calls token by token and others in chunks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from torch import Tensor
 
 from . import build, gdn
 
-_Call = ctypes.c_int64 * 28  # the fields of struct Call in gdn_rule.cpp, in its order
+_Call = ctypes.c_int64 * 30  # the fields of struct Call in gdn_rule.cpp, in its order
+CHUNKED_FROM = (32, 16)
+"""Tokens from which chunks are used, forward and backward; fewer are faster one by one."""
 OP = "opreg::gated_delta_rule"
 
 
@@ -24,7 +26,8 @@ def _kernels(name: str) -> Any:
 
 
 @cache
-def _why_not() -> str | None:
+def why_not() -> str | None:
+    """Say why there is no C++ kernel here (no compiler, or it failed), or None. Builds it at the first call."""
     reason = build.why_not()
     if reason is not None:
         return reason
@@ -46,7 +49,7 @@ def gated_delta_rule_why_not(
     scale: float | None = None,
 ) -> str | None:
     """Say why there is no C++ kernel here (no compiler, or it failed), or None. Builds it at the first call."""
-    return _why_not()
+    return why_not()
 
 
 def gated_delta_rule_backward_why_not(
@@ -62,7 +65,7 @@ def gated_delta_rule_backward_why_not(
     scale: float | None = None,
 ) -> str | None:
     """Say why there is no C++ kernel here (no compiler, or it failed), or None. Builds it at the first call."""
-    return _why_not()
+    return why_not()
 
 
 def gated_delta_rule(
@@ -75,12 +78,27 @@ def gated_delta_rule(
     initial_state: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run the rule token by token, heads in parallel; the arguments are those of `opreg::gated_delta_rule`."""
+    """Run the rule, heads in parallel, token by token or in chunks of 64; arguments as `opreg::gated_delta_rule`."""
+    return forward(v.shape[1] >= CHUNKED_FROM[0], q, k, v, decay, erase, write, initial_state, scale)
+
+
+def forward(
+    chunked: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    erase: Tensor,
+    write: Tensor,
+    initial_state: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The rule in the form that is asked for."""
     inputs = _inputs(q, k, v, decay, erase, write, initial_state)
     out = torch.empty(v.shape, dtype=torch.float32)
     final = torch.empty((v.shape[0], v.shape[2], v.shape[3], k.shape[3]), dtype=torch.float32)
     library = _kernels(gdn.instruction_set())
-    library.gdn_rule(ctypes.byref(_call(inputs, decay, erase, write, scale, (out, final))))
+    library.gdn_rule(ctypes.byref(_call(chunked, inputs, decay, erase, write, scale, (out, final))))
     return out.to(v.dtype), final
 
 
@@ -96,48 +114,55 @@ def gated_delta_rule_backward(
     initial_state: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients, with one state in memory per 32 tokens; as `opreg::gated_delta_rule_backward`."""
+    """Gradients, with one state in memory per chunk; as `opreg::gated_delta_rule_backward`."""
+    chunked = v.shape[1] >= CHUNKED_FROM[1]
+    return backward(chunked, grad_out, grad_state, q, k, v, decay, erase, write, initial_state, scale)
+
+
+def backward(
+    chunked: bool,
+    grad_out: Tensor,
+    grad_state: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    erase: Tensor,
+    write: Tensor,
+    initial_state: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients in the form that is asked for."""
     inputs = _inputs(q, k, v, decay, erase, write, initial_state)
     grads = (_dense(grad_out), _dense(grad_state))
     shape = (*v.shape[:3], k.shape[3])
-    dq, dk, de, dg = (torch.empty(shape, dtype=torch.float32) for _ in range(4))
-    dwv = torch.empty(v.shape, dtype=torch.float32)
+    dq, dk = torch.empty(shape, dtype=torch.float32), torch.empty(shape, dtype=torch.float32)
+    own = [torch.empty(x.shape, dtype=torch.float32) for x in (v, decay, erase, write)]
     back = torch.empty(grad_state.shape, dtype=torch.float32)
-    outputs = (None, None, *grads, dq, dk, de, dg, dwv, back)
     library = _kernels(gdn.instruction_set())
-    library.gdn_rule_backward(ctypes.byref(_call(inputs, decay, erase, write, scale, outputs)))
-    _, keys, values, _, erases, writes, _ = inputs
-    heads = k.shape[2]
+    outputs = (None, None, *grads, dq, dk, *own, back)
+    library.gdn_rule_backward(ctypes.byref(_call(chunked, inputs, decay, erase, write, scale, outputs)))
+    dq, dk = (_over_heads(x, k.shape[2]) for x in (dq, dk))
+    dv, ddecay, derase, dwrite = (x.to(like.dtype) for x, like in zip(own, (v, decay, erase, write), strict=True))
+    return dq.to(q.dtype), dk.to(k.dtype), dv, ddecay, derase, dwrite, back
 
-    def per_head(gate: Tensor, dims: int) -> Tensor:
-        return gate if dims == 4 else gate.unsqueeze(-1)
 
-    def over_heads(x: Tensor) -> Tensor:
-        summed: Tensor = x.unflatten(2, (heads, -1)).sum(3)
-        return summed
-
-    def over_channels(x: Tensor, like: Tensor) -> Tensor:
-        return (x if like.dim() == 4 else x.sum(-1)).to(like.dtype)
-
-    dk = dk + de * per_head(erases, erase.dim())
-    return (
-        over_heads(dq).to(q.dtype),
-        over_heads(dk).to(k.dtype),
-        (dwv * per_head(writes, write.dim())).to(v.dtype),
-        over_channels(dg, decay),
-        over_channels(de * keys.repeat_interleave(v.shape[2] // heads, 2), erase),
-        over_channels(dwv * values, write),
-        back,
-    )
+def _over_heads(x: Tensor, heads: int) -> Tensor:
+    """Value heads summed for each key head."""
+    if x.shape[2] == heads:
+        return x
+    summed: Tensor = x.unflatten(2, (heads, -1)).sum(3)
+    return summed
 
 
 def _dense(x: Tensor) -> Tensor:
     return x.to(torch.float32).contiguous()
 
 
-def _inputs(
+def check_rule(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor, erase: Tensor, write: Tensor, initial_state: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+) -> None:
+    """ValueError for float64, heads that do not divide, gates of other shapes, and tensors on several devices."""
     if v.dtype == torch.float64:
         raise ValueError(f"{OP}: v is torch.float64, but all sums are float32; pass v.float()")
     if k.shape[2] == 0 or v.shape[2] % k.shape[2]:
@@ -158,13 +183,20 @@ def _inputs(
         ("write", write),
         ("initial_state", initial_state),
     ):
-        if x is not None and not x.is_cpu:
+        if x is not None and x.device != v.device:
             raise ValueError(f"{OP}: {name} is on {x.device}, but v on {v.device}; move it there")
+
+
+def _inputs(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, erase: Tensor, write: Tensor, initial_state: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    check_rule(q, k, v, decay, erase, write, initial_state)
     initial = None if initial_state is None else _dense(initial_state)
     return _dense(q), _dense(k), _dense(v), _dense(decay), _dense(erase), _dense(write), initial
 
 
 def _call(
+    chunked: bool,
     inputs: Sequence[Tensor | None],
     decay: Tensor,
     erase: Tensor,
@@ -188,5 +220,6 @@ def _call(
         write.dim() == 4,
         struct.unpack("<I", struct.pack("<f", factor))[0],
         torch.get_num_threads(),
+        chunked,
         *(0 if x is None else x.data_ptr() for x in (*inputs, *outputs)),
     )

@@ -97,7 +97,8 @@ def gdn_attention(
 ) -> None:
     """Run the op in Triton; the arguments are those of `opreg::gdn_attention`.
 
-    Sequences of up to 16 tokens, and speculative ones, go token by token in float32, longer ones in chunks of 64.
+    Sequences of up to 16 tokens, and speculative ones, go token by token in float32, longer ones in chunks of 64. In a
+    float32 model chunks have 32 tokens where head_k_dim is 128, and where it is 256 all go token by token.
 
     Index tensors on the GPU are not copied to the host, so their values are not checked there: a sequence whose slots,
     starts or accepted counts cannot be is not run and its rows become NaN, an impossible checkpoint is not written, and

@@ -20,11 +20,8 @@ from .gdn_conv import convolve_chunks, finish
 from .gdn_decode import run_tokens
 from .gdn_mixed import windows
 
-CHUNK = 64
 AT_MOST = 16
 """Tokens up to which a sequence goes token by token. Its own length alone decides, so that company changes no bit."""
-STAGES = 2
-"""Chunks in flight in `run_chunks`: 61 KB of shared memory at Qwen3-Next's sizes, 3 would take 109 KB."""
 CHANNELS = 256
 """Channels of one program of `finish`."""
 
@@ -114,6 +111,18 @@ def block_rows(s: Sizes, io: torch.dtype) -> int:
     return max(16, min(s.v, 32 if s.k >= 64 else 16, most // s.k))
 
 
+def chunking(s: Sizes, io: torch.dtype) -> tuple[int, int]:
+    """(tokens of a chunk, chunks in flight in `run_chunks`), (0, 0) where every sequence goes token by token.
+
+    Two chunks in flight take 61 KB of shared memory at Qwen3-Next's sizes, three would take 109 KB. Operands in float32
+    are held in three parts: with K=128, 64 tokens spill 496 bytes, 32 tokens 88 and one chunk in flight nothing; with
+    K=256 the least that was found, 16 tokens and one chunk, spills 1.5 KB.
+    """
+    if io != torch.float32 or s.k <= 64:
+        return 64, 2
+    return (32, 1) if s.k == 128 else (0, 0)
+
+
 def window_rows(s: Sizes) -> int:
     """Rows of a tile that holds the convolution's window."""
     return int(triton.next_power_of_2(max(s.width - 1, 1)))
@@ -131,7 +140,7 @@ def launch(s: Sizes, x: Data, group: Group, null_slot: int, flat: bool, prefills
     mixed = report = None
     if group.accepted is not None:
         mixed, report = x.qkvz.new_empty(group.n, dtype=torch.int32), windows.report(x.qkvz.device)
-    chunked = prefills and group.starts is not None and s.actual > AT_MOST
+    chunked = prefills and group.starts is not None and s.actual > AT_MOST and chunking(s, x.qkvz.dtype)[0] > 0
     run_tokens[(programs,)](
         out=x.core_attn_out,
         out_stride=x.core_attn_out.stride(0),
@@ -187,20 +196,21 @@ def launch(s: Sizes, x: Data, group: Group, null_slot: int, flat: bool, prefills
 
 def _chunks(s: Sizes, x: Data, group: Group, batch: dict[str, Any], heads: dict[str, Any]) -> None:
     """The chunked form: of the sequences of more than AT_MOST tokens, whose chunks are numbered on the device."""
+    tokens, stages = chunking(s, x.qkvz.dtype)
     # The most chunks that any division of the tokens into n sequences can have; those that are not end at once.
-    bound = s.actual // CHUNK + min(group.n, s.actual // (AT_MOST + 1))
+    bound = s.actual // tokens + min(group.n, s.actual // (AT_MOST + 1))
     new = x.qkvz.new_empty
     owner, number = new(bound, dtype=torch.int32), new(bound, dtype=torch.int32)
     first_chunk = new(group.n, dtype=torch.int32)
     q, k = new(s.actual, s.hk, s.k), new(s.actual, s.hk, s.k)
     v = new(s.actual, s.hv, s.v)
-    solved, mixed = new(bound, s.hv, CHUNK, CHUNK), new(bound, s.hv, CHUNK, CHUNK)
-    sums = new(bound, s.hv, 2, CHUNK, dtype=torch.float32)
+    solved, mixed = new(bound, s.hv, tokens, tokens), new(bound, s.hv, tokens, tokens)
+    sums = new(bound, s.hv, 2, tokens, dtype=torch.float32)
     # 16-bit operands lose nothing to TF32 that they have not lost already. float32 is the sum of three TF32 products:
     # in plain float32, without tensor cores, these kernels spill 16 KB of registers.
     precision = "tf32x3" if x.qkvz.dtype == torch.float32 else "tf32"
     plan_chunks[(group.n,)](
-        owner, number, first_chunk, group.starts, group.n, bound, ABOVE=AT_MOST, C=CHUNK, BLOCK=1024
+        owner, number, first_chunk, group.starts, group.n, bound, ABOVE=AT_MOST, C=tokens, BLOCK=1024
     )
     chunks = {"chunk_owner": owner, "chunk_number": number}
     convolve_chunks[(bound, 2 * s.hk + s.hv)](
@@ -219,7 +229,7 @@ def _chunks(s: Sizes, x: Data, group: Group, batch: dict[str, Any], heads: dict[
         **batch,
         **heads,
         W=s.width,
-        C=CHUNK,
+        C=tokens,
         num_warps=max(1, max(s.k, s.v) // 16),
     )
     no_values = {name: value for name, value in heads.items() if name != "V"}
@@ -238,7 +248,7 @@ def _chunks(s: Sizes, x: Data, group: Group, batch: dict[str, Any], heads: dict[
         **no_values,
         # In float32, all of K at once spills 160 bytes of K=64 and 3.6 KB of K=256.
         BK=s.k if precision == "tf32" else min(s.k, 32),
-        C=CHUNK,
+        C=tokens,
         PRECISION=precision,
         num_warps=4,
     )
@@ -261,11 +271,11 @@ def _chunks(s: Sizes, x: Data, group: Group, batch: dict[str, Any], heads: dict[
         HV=s.hv,
         K=s.k,
         V=s.v,
-        C=CHUNK,
+        C=tokens,
         BV=block_rows(s, x.qkvz.dtype),
         ABOVE=AT_MOST,
         CHECKPOINTS=triton.next_power_of_2(max(checkpoints["count_checkpoints"], 1)),
         PRECISION=precision,
-        STAGES=STAGES,
+        STAGES=stages,
         num_warps=8,
     )

@@ -6,7 +6,8 @@ from importlib.metadata import version
 
 import pytest
 import torch
-from opreg.kernels.baselines import gdn, paged_attention
+from opreg.kernels.baselines import gdn, gdn_rule, paged_attention
+from opreg.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_backward, make_rule_call
 from opreg.ops.gdn_attention import gdn_attention
 from opreg.ops.gdn_attention_bench import flops_per_token, moved
 from opreg.ops.gdn_attention_inputs import Heads, clone_call, make_call
@@ -32,6 +33,37 @@ def test_gdn_by_transformers(lens: list[int], fresh: bool) -> None:
     for _ in range(2):
         gdn_attention(**mine)
         torch.testing.assert_close(run(), mine["core_attn_out"], rtol=1e-4, atol=1e-5)
+
+
+@needs_transformers
+def test_gdn_rule_by_transformers_and_in_other_forms() -> None:
+    call = make_rule_call((1, 70, 2, 4, 32, 16))
+    call["erase"] = call["write"]
+    grads = {"grad_out": torch.randn_like(call["v"]), "grad_state": torch.randn(1, 4, 16, 32)}
+    out, state = gated_delta_rule(**call)
+    gradients = gated_delta_rule_backward(**grads, **call)
+    by = gdn_rule.transformers(call)()
+    torch.testing.assert_close(by[0], out, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(by[1].mT, state, rtol=1e-4, atol=1e-5)
+    # One beta is erase and write.
+    want = (*gradients[:4], gradients[4] + gradients[5])
+    with torch.no_grad():
+        found = gdn_rule.transformers_backward({**grads, **call})()
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    for form in (gdn_rule.tokens, gdn_rule.chunks):
+        torch.testing.assert_close(form(call)(), (out, state), rtol=1e-4, atol=1e-5)
+    for form in (gdn_rule.tokens_backward, gdn_rule.chunks_backward):
+        torch.testing.assert_close(form({**grads, **call})(), gradients, rtol=1e-4, atol=1e-5)
+
+
+@needs_transformers
+def test_gdn_rule_by_transformers_says_what_it_has_not() -> None:
+    call = make_rule_call((1, 3, 1, 1, 16, 16))
+    assert gdn_rule.transformers(call) == "it has one number for erase and write"
+    assert gdn_rule.transformers_backward({**call, "scale": 1.0, "erase": call["write"]}) == "its scale is k ** -0.5"
+    vectors = make_rule_call((1, 3, 1, 1, 16, 16), (True, False, False))
+    assert gdn_rule.transformers(vectors) == "it has one decay and one beta a head"
 
 
 @needs_transformers

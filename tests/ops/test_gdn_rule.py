@@ -46,6 +46,8 @@ def test_gradients_equal_autograd_through_the_body(vectors: tuple[bool, bool, bo
     weights = (torch.randn_like(out), torch.randn_like(state))
     want = gradients(gated_delta_rule.op.body, call, weights)
     for kernel in gated_delta_rule_backward.op.kernels:
+        if length < 8 and kernel.name.endswith("_chunks"):
+            continue  # refused: test_gdn_rule_chunks.py
         with opreg.use_kernel("opreg::gated_delta_rule_backward", kernel.name):
             got = gradients(gated_delta_rule, call, weights)
         for name, a, b in zip(NAMES, got, want, strict=False):

@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
+#include <type_traits>
 
 namespace {
 #include "gdn_vec.h"
@@ -19,13 +20,13 @@ namespace {
 constexpr int64_t CHUNK = 32;
 
 // Every field has 8 bytes, in the order in which gdn_rule.py packs them. Tensors are dense; gates have one number per head
-// or one per channel. Gradients of the gates and keys have one number per value head and channel.
+// or one per channel, and so have their gradients. Those of q and k are per value head.
 struct Call {
-    int64_t batch, tokens, hk, hv, k, v, decay_vector, erase_vector, write_vector, scale_bits, threads;
+    int64_t batch, tokens, hk, hv, k, v, decay_vector, erase_vector, write_vector, scale_bits, threads, chunked;
     const float *q, *key, *value, *decay, *erase, *write, *initial;
     float *out, *final;
     const float *grad_out, *grad_final;
-    float *dq, *dk, *de, *dg, *dwv, *dinitial;
+    float *dq, *dk, *dv, *ddecay, *derase, *dwrite, *dinitial;
 };
 
 int64_t up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
@@ -72,6 +73,36 @@ void carve(Head& x, float* p, bool back) {
 vf gate(const float* p, bool vector, int64_t at, int64_t size, int64_t i) {
     return vector ? load_some(p + at * size + i, size - i) : splat(p[at]);
 }
+
+// Gradients of one token: of q as it enters the sums, of k without and of erase * k, of the decay by channel, of write * v.
+void put_gradients(const Call& c, int64_t b, int64_t h, int64_t t, float scale, const float* dq, const float* dk, const float* de,
+                   const float* dg, const float* dwv) {
+    const int64_t at = (b * c.tokens + t) * c.hv + h, key = ((b * c.tokens + t) * c.hk + h * c.hk / c.hv) * c.k;
+    vf decay = {}, erase = {}, write = {};
+    for (int64_t i = 0; i < c.k; i += VL) {
+        const int64_t left = c.k - i;
+        const vf d = load(de + i), of_erase = d * load_some(c.key + key + i, left);
+        store_some(c.dq + at * c.k + i, load(dq + i) * scale, left);
+        store_some(c.dk + at * c.k + i, load(dk + i) + d * gate(c.erase, c.erase_vector, at, c.k, i), left);
+        if (c.erase_vector) store_some(c.derase + at * c.k + i, of_erase, left);
+        if (c.decay_vector) store_some(c.ddecay + at * c.k + i, load(dg + i), left);
+        erase = erase + of_erase;
+        decay = decay + load(dg + i);
+    }
+    for (int64_t i = 0; i < c.v; i += VL) {
+        const int64_t left = c.v - i;
+        const vf d = load(dwv + i), of_write = d * load_some(c.value + at * c.v + i, left);
+        store_some(c.dv + at * c.v + i, d * gate(c.write, c.write_vector, at, c.v, i), left);
+        if (c.write_vector) store_some(c.dwrite + at * c.v + i, of_write, left);
+        write = write + of_write;
+    }
+    if (!c.erase_vector) c.derase[at] = sum(erase);
+    if (!c.decay_vector) c.ddecay[at] = sum(decay);
+    if (!c.write_vector) c.dwrite[at] = sum(write);
+}
+
+#include "gdn_rule_chunk.h"
+#include "gdn_rule_back.h"
 
 // Inputs of tokens t0 .. t0 + n - 1; the row after the last is zero, what the look-ahead of the last token reads.
 void prepare(const Head& x, int64_t t0, int64_t n) {
@@ -220,40 +251,63 @@ void backward(const Head& x) {
             forward_rows(x, x.marks + size_t(i) * state + v * x.kp, v, n, x.past, x.u, nullptr);
             backward_rows(x, v, n);
         }
-        for (int64_t t = 0; t < n; t++) {
-            const int64_t at = x.at(t0 + t, c.hv, x.h);
-            std::memcpy(c.dq + at * c.k, x.dq + t * x.kp, size_t(c.k) * 4);
-            std::memcpy(c.dk + at * c.k, x.dk + t * x.kp, size_t(c.k) * 4);
-            std::memcpy(c.de + at * c.k, x.de + t * x.kp, size_t(c.k) * 4);
-            std::memcpy(c.dg + at * c.k, x.dg + t * x.kp, size_t(c.k) * 4);
-            std::memcpy(c.dwv + at * c.v, x.du + t * x.vp, size_t(c.v) * 4);
-        }
+        for (int64_t t = 0; t < n; t++)
+            put_gradients(c, x.b, x.h, t0 + t, 1.0f, x.dq + t * x.kp, x.dk + t * x.kp, x.de + t * x.kp, x.dg + t * x.kp,
+                          x.du + t * x.vp);
     }
     save_state(x, x.grad, c.dinitial);
+}
+
+void run_tokens(const Call& c, bool back, int64_t b, int64_t h, float* memory) {
+    Head x;
+    x.c = &c;
+    x.b = b;
+    x.h = h;
+    x.kp = up(c.k, VL);
+    x.vp = up(c.v, VL);
+    x.scale = bits_as<float>(uint32_t(c.scale_bits));
+    carve(x, memory, back);
+    if (back) backward(x);
+    else forward(x);
+}
+
+Chunks chunks(const Call& c, int64_t b, int64_t h) {
+    Chunks x{};
+    x.c = &c;
+    x.b = b;
+    x.h = h;
+    x.kp = up(c.k, VL);
+    x.vp = up(c.v, VL);
+    x.scale = bits_as<float>(uint32_t(c.scale_bits));
+    x.vector = c.decay_vector;
+    return x;
+}
+
+void run_chunks(const Call& c, bool back, int64_t b, int64_t h, float* memory) {
+    Chunks x = chunks(c, b, h);
+    lay_out(x, memory, back);
+    if (back) backward(x);
+    else forward(x);
+}
+
+int64_t room(const Call& c, bool back) {
+    if (!c.chunked) return floats(c, back);
+    Chunks x = chunks(c, 0, 0);
+    return lay_out(x, nullptr, back);
 }
 
 void run(const Call& c, bool back) {
     const int64_t units = c.batch * c.hv;
 #pragma omp parallel num_threads(int(c.threads)) if (c.threads > 1 && units > 1)
     {
-        auto* memory = static_cast<float*>(std::aligned_alloc(64, size_t(up(4 * floats(c, back), 64))));
+        auto* memory = static_cast<float*>(std::aligned_alloc(64, size_t(up(4 * room(c, back), 64))));
 #if defined(__x86_64__)
         const unsigned mode = _mm_getcsr();
         _mm_setcsr(mode | 0x8040);  // subnormal numbers, which decayed states end in, are zero
 #endif
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t unit = 0; unit < units; unit++) {
-            Head x;
-            x.c = &c;
-            x.b = unit / c.hv;
-            x.h = unit % c.hv;
-            x.kp = up(c.k, VL);
-            x.vp = up(c.v, VL);
-            x.scale = bits_as<float>(uint32_t(c.scale_bits));
-            carve(x, memory, back);
-            if (back) backward(x);
-            else forward(x);
-        }
+        for (int64_t unit = 0; unit < units; unit++)
+            (c.chunked ? run_chunks : run_tokens)(c, back, unit / c.hv, unit % c.hv, memory);
 #if defined(__x86_64__)
         _mm_setcsr(mode);
 #endif

@@ -11,7 +11,7 @@ PIP_FLAGS ?=
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test lint lanes print-lanes lane-xla lane-ipex lane-tpu_aot lane-triton lane-xpu lane-transformers lane-slow clean
+.PHONY: demo test lint lanes print-lanes lane-xla lane-ipex lane-tpu_aot lane-triton lane-xpu lane-transformers lane-slow lane-triton-slow clean
 
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 ifeq ($(filter 3.10 3.11 3.12,$(VERSION)),)
@@ -63,6 +63,10 @@ lane-transformers: .venv/$(STAMP)
 
 lane-slow: .venv/$(STAMP)
 	.venv/bin/pytest $(SPREAD) -m slow
+
+# The whole matrix in the interpreter and for the compiler: about an hour.
+lane-triton-slow: .venv-triton/$(STAMP)
+	TRITON_INTERPRET=1 .venv-triton/bin/pytest -m slow tests/lanes/triton
 
 lane-triton: .venv-triton/$(STAMP)
 	TRITON_INTERPRET=1 .venv-triton/bin/pytest tests/lanes/triton

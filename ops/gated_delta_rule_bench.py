@@ -1,4 +1,4 @@
-"""Workloads of gated_delta_rule for `opreg bench`: Qwen3-Next's heads, one sequence from nothing, forward and backward."""
+"""Workloads of gated_delta_rule for `opreg bench`: Qwen3-Next's heads, one sequence, forward and backward."""
 
 from collections.abc import Iterator
 from typing import Any

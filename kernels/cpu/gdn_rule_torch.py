@@ -52,8 +52,8 @@ class Rule(NamedTuple):
 class Inner(NamedTuple):
     """What does not depend on the state.
 
-    pairs: A, then P, [n, chunks, 2 tokens, tokens]. inverse: (I + A)^-1. since: exp(sum of g up to i). until: exp(sum of
-    g behind j). whole: exp(sum of g). grown: left scaled by `since`. kept: k scaled by `until`.
+    pairs: A, then P, [n, chunks, 2 tokens, tokens]. inverse: (I + A)^-1. since: exp(sum of g up to i). until:
+    exp(sum of g behind j). whole: exp(sum of g). grown: left scaled by `since`. kept: k scaled by `until`.
     """
 
     pairs: Tensor

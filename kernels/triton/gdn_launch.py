@@ -116,11 +116,11 @@ def chunking(s: Sizes, io: torch.dtype) -> tuple[int, int]:
 
     Two chunks in flight take 61 KB of shared memory at Qwen3-Next's sizes, three would take 109 KB. Operands in float32
     are held in three parts: with K=128, 64 tokens spill 496 bytes, 32 tokens 88 and one chunk in flight nothing; with
-    K=256 the least that was found, 16 tokens and one chunk, spills 1.5 KB.
+    K=256 the least that was found, 16 tokens and one chunk, spills 1.5 KB; with K=16, 64 tokens spill 3 KB, 32 nothing.
     """
-    if io != torch.float32 or s.k <= 64:
+    if io != torch.float32:
         return 64, 2
-    return (32, 1) if s.k == 128 else (0, 0)
+    return {16: (32, 2), 32: (64, 2), 64: (64, 2), 128: (32, 1), 256: (0, 0)}[s.k]
 
 
 def window_rows(s: Sizes) -> int:

@@ -42,7 +42,7 @@ class _Device:
 
 
 class Windows:
-    """The reports of speculative calls, one for each device: of the call itself on a CPU, of earlier ones elsewhere."""
+    """The reports of speculative calls, by device: of the call itself on the CPU, of earlier ones elsewhere."""
 
     def __init__(self) -> None:
         self._devices: dict[torch.device, _Device] = {}

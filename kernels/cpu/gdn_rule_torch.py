@@ -332,7 +332,7 @@ def _halves(x: Tensor, m: int) -> tuple[Tensor, Tensor]:
 
 def _corners(pairs: Tensor, m: int) -> Tensor:
     """Where rows lie in the second and columns in the first half of one block of 2 m: a view [.., m, m, blocks]."""
-    blocks = pairs.unflatten(-2, (-1, 2, m))[:, :, :, 1].unflatten(-1, (-1, 2, m))[..., 0, :]
+    blocks: Tensor = pairs.unflatten(-2, (-1, 2, m))[:, :, :, 1].unflatten(-1, (-1, 2, m))[..., 0, :]
     return blocks.diagonal(dim1=2, dim2=4)
 
 
@@ -445,13 +445,15 @@ def _start(rule: Rule, initial_state: Tensor | None) -> Tensor:
 def _chunks(x: Tensor, tokens: int) -> Tensor:
     """[b, t, h, d] as [b h, chunks, tokens, d]; behind the end there are zeros, which change no state."""
     padded = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % tokens))
-    return padded.unflatten(1, (-1, tokens)).permute(0, 3, 1, 2, 4).flatten(0, 1).contiguous()
+    chunks: Tensor = padded.unflatten(1, (-1, tokens)).permute(0, 3, 1, 2, 4)
+    return chunks.flatten(0, 1).contiguous()
 
 
 def _tokens(x: Tensor, v: Tensor) -> Tensor:
     """Back to [b, t, h, d]."""
     b, t, h = v.shape[:3]
-    return x.unflatten(0, (b, h)).flatten(2, 3)[:, :, :t].transpose(1, 2).contiguous()
+    heads: Tensor = x.unflatten(0, (b, h))
+    return heads.flatten(2, 3)[:, :, :t].transpose(1, 2).contiguous()
 
 
 def _gradients(

@@ -114,13 +114,16 @@ def block_rows(s: Sizes, io: torch.dtype) -> int:
 def chunking(s: Sizes, io: torch.dtype) -> tuple[int, int]:
     """(tokens of a chunk, chunks in flight in `run_chunks`), (0, 0) where every sequence goes token by token.
 
-    Two chunks in flight take 61 KB of shared memory at Qwen3-Next's sizes, three would take 109 KB. Operands in float32
-    are held in three parts: with K=128, 64 tokens spill 496 bytes, 32 tokens 88 and one chunk in flight nothing; with
-    K=256 the least that was found, 16 tokens and one chunk, spills 1.5 KB; with K=16, 64 tokens spill 3 KB, 32 nothing.
+    Two chunks in flight take 61 KB of shared memory at Qwen3-Next's sizes, three would take 109 KB. With K=16, chunks of
+    64 tokens spill 152 bytes in 16 bits and 3 KB in float32, whose operands are held in three parts; in float32 with
+    K=128 they spill 496 bytes, 32 tokens 88 and one chunk in flight nothing; with K=256 the least that was found, 16
+    tokens and one chunk, spills 1.5 KB.
     """
-    if io != torch.float32:
+    if s.k == 16:
+        return 32, 2
+    if io != torch.float32 or s.k <= 64:
         return 64, 2
-    return {16: (32, 2), 32: (64, 2), 64: (64, 2), 128: (32, 1), 256: (0, 0)}[s.k]
+    return (32, 1) if s.k == 128 else (0, 0)
 
 
 def window_rows(s: Sizes) -> int:
@@ -134,13 +137,14 @@ def bits(x: Tensor) -> Tensor:
 
 def launch(s: Sizes, x: Data, group: Group, null_slot: int, flat: bool, prefills: bool) -> None:
     """Run the sequences of one kind. `prefills` False: none needs the chunked form, whatever its length."""
+    io = x.qkvz.dtype
     heads = {"HK": s.hk, "HV": s.hv, "K": s.k, "V": s.v, "FLAT": flat}
     batch, writes = group.batch(s, null_slot), group.writes()
-    programs = group.n * s.hv * (s.v // block_rows(s, x.qkvz.dtype))
+    programs = group.n * s.hv * (s.v // block_rows(s, io))
     mixed = report = None
     if group.accepted is not None:
         mixed, report = x.qkvz.new_empty(group.n, dtype=torch.int32), windows.report(x.qkvz.device)
-    chunked = prefills and group.starts is not None and s.actual > AT_MOST and chunking(s, x.qkvz.dtype)[0] > 0
+    chunked = prefills and group.starts is not None and s.actual > AT_MOST and chunking(s, io)[0] > 0
     run_tokens[(programs,)](
         out=x.core_attn_out,
         out_stride=x.core_attn_out.stride(0),
@@ -165,9 +169,10 @@ def launch(s: Sizes, x: Data, group: Group, null_slot: int, flat: bool, prefills
         report=report,
         W=s.width,
         R=window_rows(s),
-        BV=block_rows(s, x.qkvz.dtype),
+        BV=block_rows(s, io),
         AT_MOST=AT_MOST if chunked else 0,
-        num_warps=4,
+        # With four, ptxas spills 16 bytes of [16, 64] in float32.
+        num_warps=2 if (block_rows(s, io), s.k, io) == (16, 64, torch.float32) else 4,
     )
     if chunked:
         _chunks(s, x, group, batch, heads)

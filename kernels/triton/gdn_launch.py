@@ -114,8 +114,8 @@ def block_rows(s: Sizes, io: torch.dtype) -> int:
 def chunking(s: Sizes, io: torch.dtype) -> tuple[int, int]:
     """(tokens of a chunk, chunks in flight in `run_chunks`), (0, 0) where every sequence goes token by token.
 
-    Two chunks in flight take 61 KB of shared memory at Qwen3-Next's sizes, three would take 109 KB. With K=16, chunks of
-    64 tokens spill 152 bytes in 16 bits and 3 KB in float32, whose operands are held in three parts; in float32 with
+    Two chunks in flight take 61 KB of shared memory at Qwen3-Next's sizes, three would take 109 KB. With K=16, chunks
+    of 64 tokens spill 152 bytes in 16 bits and 3 KB in float32, whose operands are held in three parts; in float32 with
     K=128 they spill 496 bytes, 32 tokens 88 and one chunk in flight nothing; with K=256 the least that was found, 16
     tokens and one chunk, spills 1.5 KB.
     """
@@ -171,8 +171,8 @@ def launch(s: Sizes, x: Data, group: Group, null_slot: int, flat: bool, prefills
         R=window_rows(s),
         BV=block_rows(s, io),
         AT_MOST=AT_MOST if chunked else 0,
-        # With four, ptxas spills 16 bytes of [16, 64] in float32.
-        num_warps=2 if (block_rows(s, io), s.k, io) == (16, 64, torch.float32) else 4,
+        # Of [16, 64] in float32 ptxas spills 16 bytes with four, and with two where sequences are short.
+        num_warps=1 if (block_rows(s, io), s.k, io) == (16, 64, torch.float32) else 4,
     )
     if chunked:
         _chunks(s, x, group, batch, heads)

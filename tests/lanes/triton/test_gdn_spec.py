@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from opreg.kernels.reference import gdn as reference
-from opreg.kernels.triton import gdn, gdn_mixed
+from opreg.kernels.triton import gdn, gdn_launch, gdn_mixed
 from opreg.ops.gdn_attention_inputs import Heads, clone_call, make_call
 
 HEADS = Heads(1, 1, 16, 16)
@@ -129,7 +129,10 @@ def test_a_cache_of_another_convention_is_an_error(monkeypatch: pytest.MonkeyPat
 
 def test_rows_of_another_convention_are_nan_and_others_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     unchecked(monkeypatch)
-    monkeypatch.setattr(gdn_mixed.windows, "check", lambda _: None)
+    reports = gdn_mixed.Windows()
+    for module in (gdn, gdn_launch):
+        monkeypatch.setattr(module, "windows", reports)
+    monkeypatch.setattr(reports, "check", lambda _: None)  # as on a GPU, where the report arrives later
     call = make_call([2, 2], HEADS, spare_slots=2)
     call.update(
         num_prefills=0,
@@ -147,6 +150,7 @@ def test_rows_of_another_convention_are_nan_and_others_are_not(monkeypatch: pyte
     for state in WRITTEN[2:]:
         assert torch.equal(got[state][2:], call[state][2:])
         assert not torch.equal(got[state][0], call[state][0])
+    assert reports.report(call["z"].device).item() == 1
 
 
 class Module:

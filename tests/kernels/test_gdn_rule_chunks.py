@@ -14,13 +14,15 @@ Call = dict[str, Any]
 Rule = Callable[..., tuple[Tensor, ...]]
 RULES = list(itertools.product((False, True), repeat=3))
 SETS = [name for name, _ in gdn.INSTRUCTION_SETS]
-FORMS = ["torch", *(f"{name} {form}" for name in SETS for form in ("tokens", "chunks"))]
+FORMS = ["torch", "torch chunk by chunk", *(f"{name} {form}" for name in SETS for form in ("tokens", "chunks"))]
 
 
 @pytest.fixture(params=FORMS)
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[Rule, Rule]:
     """Forward and backward of one kernel."""
-    if request.param == "torch":
+    if request.param.startswith("torch"):
+        if request.param != "torch":
+            monkeypatch.setattr(gdn_rule_torch, "_AT_ONCE", 1)
         return gdn_rule_torch.gated_delta_rule_chunks, gdn_rule_torch.gated_delta_rule_backward_chunks
     name, form = request.param.split()
     if SETS.index(name) > SETS.index(gdn.instruction_set()):

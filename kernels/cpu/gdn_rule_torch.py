@@ -16,8 +16,10 @@ at each border the tokens behind it are scaled by the decay since the border, th
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -65,9 +67,18 @@ class Inner(NamedTuple):
     kept: Tensor
 
 
+@cache
+def _read_once() -> None:
+    """Torch 2.9 says at the first look, once per process, that there are newer settings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        torch.get_float32_matmul_precision()
+
+
 @contextmanager
 def _full_precision() -> Iterator[None]:
     """Products of float32 in float32: TF32 and sums of bfloat16 parts are what the user chose for other operators."""
+    _read_once()
     before = torch.get_float32_matmul_precision()
     if before == "highest":
         yield

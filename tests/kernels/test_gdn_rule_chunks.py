@@ -151,6 +151,7 @@ def test_gradcheck(vectors: tuple[bool, bool, bool]) -> None:
 
 @pytest.fixture
 def precision() -> Iterator[None]:
+    gdn_rule_torch._read_once()
     before = torch.get_float32_matmul_precision()
     yield
     torch.set_float32_matmul_precision(before)

@@ -167,6 +167,15 @@ def decompose_by_table(op: torch._ops.OpOverload) -> None:
         op.py_impl(torch._C.DispatchKey.CompositeImplicitAutograd)(by_table)
 
 
+def apply_at_this_level(function: Any, *args: Any) -> Any:
+    """Run an autograd.Function at the level of the torch.func transform that is at work, as torch does with those it
+    makes of a user's. Private and the same from torch 2.8 to 2.13."""
+    from torch._functorch.autograd_function import enable_single_level_autograd_function
+
+    with enable_single_level_autograd_function():
+        return function.apply(*args)
+
+
 def forget_guards(module: str) -> None:
     """Let the graph that Dynamo is making not look at the globals of `module`, whose functions it traced, at each call.
 

@@ -29,7 +29,7 @@ from .jax_bridge_cpu import run_quick
 from .jax_bridge_executors import execute
 from .jax_bridge_export import call_carried, jax_decompositions
 from .jax_bridge_keys import argument_names
-from .jax_bridge_op import OP, apply
+from .jax_bridge_op import OP
 from .jax_bridge_ops import from_jax, register_jax_op
 from .jax_bridge_programs import TENSORS, by_name, find_function, find_program
 from .jax_bridge_shapes import infer
@@ -100,6 +100,7 @@ def _eager() -> bool:
 
 
 def _call(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Any:
+    _check_arguments(fn, args)
     fn, args, kwargs = _unwrap_partial(fn, args, kwargs)
     run = runtime()
     leaves, treedef = run.flatten((tuple(args), dict(kwargs)))
@@ -126,9 +127,17 @@ def _call(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
     if torch.compiler.is_exporting():
         return call_carried(program, tensors)
     tree = infer(program, tensors)[0].tree
-    if peek_interpreter_stack() is not None or _forward_ad._current_level >= 0:
-        return tree.unflatten(apply(program.name, tensors))
     return tree.unflatten(OP(tensors, program.name))
+
+
+def _check_arguments(fn: Any, args: Any) -> None:
+    """JaxArgumentError for one tensor in place of the sequence of arguments: its rows would be taken for arguments."""
+    if not isinstance(args, (tuple, list)):
+        name = getattr(fn, "__name__", type(fn).__name__)
+        raise JaxArgumentError(
+            f"call_jax({name}): args is a {type(args).__module__}.{type(args).__qualname__}; it must be a tuple or "
+            "list of the function's arguments: write (x,) for one"
+        )
 
 
 def _unwrap_partial(
@@ -288,6 +297,8 @@ def _rebuild(plan: tuple[Any, ...], tensors: list[torch.Tensor]) -> Any:
 
 
 def _traced(fn: Callable[..., Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    if not isinstance(args, (tuple, list)):
+        _check_arguments(fn, args)
     kwargs = {} if kwargs is None else kwargs
     while isinstance(fn, functools.partial):
         args = (*fn.args, *args)

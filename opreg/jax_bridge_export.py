@@ -19,7 +19,7 @@ from .errors import KernelError
 from .jax_bridge_arrays import runtime
 from .jax_bridge_cache import state
 from .jax_bridge_executors import execute
-from .jax_bridge_op import OP, gradients
+from .jax_bridge_op import OP, batched_dims, gradients, tangents, vmap
 from .jax_bridge_programs import Program, by_name, find_function
 from .jax_bridge_shapes import evaluate, infer, symbolic_inputs, x64
 
@@ -82,7 +82,8 @@ def jax_decompositions(*ops: OpFunction[..., Any]) -> dict[torch._ops.OpOverload
     process only, until this table replaces it.
 
     ops: further ops whose kernel by from_jax is to be carried in their place; without it the program needs the package
-        that registers them, as it needs any other operator's.
+        that registers them, as it needs any other operator's. Those that write arguments must be named the first time
+        that the program is decomposed, which wraps them up.
 
     Raises KernelError for an op without such a kernel.
 
@@ -164,6 +165,11 @@ def _backward(ctx: Any, grads: Sequence[torch.Tensor | None]) -> tuple[list[torc
     return gradients(ctx, ctx.needs_input_grad[0], grads, lambda tensors, name: OP(tensors, name)), None, None
 
 
+def _vmap(info: Any, in_dims: Any, tensors: Sequence[torch.Tensor], program: str, artifact: str) -> tuple[Any, Any]:
+    outputs = OP(list(tensors), vmap(loaded(program, artifact), batched_dims(in_dims[0], tensors)).name)
+    return outputs, [0] * len(outputs)
+
+
 EXPORTED = library.define(
     NAME,
     "(Tensor[] tensors, str program, str artifact) -> Tensor[]",
@@ -171,4 +177,5 @@ EXPORTED = library.define(
 )
 library.implement(NAME, _run)
 library.fake(NAME, _fake)
-library.autograd(NAME, _backward, _setup)
+library.autograd(NAME, _backward, _setup, tangents)
+library.vmap(NAME, _vmap)

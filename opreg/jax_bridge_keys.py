@@ -17,7 +17,7 @@ from .jax_bridge_arrays import JaxArgumentError, runtime
 OPERAND = "<operand>"
 """Stands in a template and in a key for a leaf that is an array at run time."""
 
-EXACT = frozenset((int, bool, str, bytes, type(None)))
+EXACT = frozenset((int, bool, str, bytes, type(None), type(...)))
 """Types whose equal values are one value: (type, value) tells them apart."""
 
 

@@ -76,43 +76,14 @@ def gradients(
     return result
 
 
-class Transformed(torch.autograd.Function):
-    """The operator for torch.func's transforms, which do not see through the formula of an operator."""
-
-    @staticmethod
-    def forward(name: str, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(OP(list(tensors), name))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        name, *tensors = inputs
-        _setup(ctx, (tensors, name), output)
-        ctx.save_for_forward(*tensors)
-        ctx.set_materialize_grads(False)
-        ctx.smooth = [out.is_floating_point() or out.is_complex() for out in output]
-        ctx.mark_non_differentiable(*(out for out, smooth in zip(output, ctx.smooth, strict=True) if not smooth))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        return None, *gradients(ctx, ctx.needs_input_grad[1:], grads, lambda ts, name: apply(name, ts))
-
-    @staticmethod
-    def jvp(ctx: Any, _: None, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        given = tuple(index for index, tangent in enumerate(tangents) if tangent is not None)
-        program = jvp(ctx.program, len(tangents), given)
-        found = iter(apply(program.name, [*ctx.saved_tensors, *(t for t in tangents if t is not None)]))
-        return tuple(next(found) if smooth else None for smooth in ctx.smooth)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], name: str, *tensors: torch.Tensor) -> tuple[Any, Any]:
-        outputs = apply(vmap(by_name(name), tuple(in_dims[1:])).name, tensors)
-        return outputs, (0,) * len(outputs)
-
-
-def apply(name: str, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """Call a program by name under torch.func's transforms."""
-    outputs: tuple[torch.Tensor, ...] = Transformed.apply(name, *tensors)  # type: ignore[no-untyped-call]
-    return outputs
+def tangents(
+    ctx: Any, tensors: Sequence[torch.Tensor], given: Sequence[torch.Tensor | None]
+) -> tuple[torch.Tensor | None, ...]:
+    """Tangents of the results of a call of ctx.program on `tensors`, of theirs: None for whole numbers."""
+    program = jvp(ctx.program, len(tensors), tuple(i for i, tangent in enumerate(given) if tangent is not None))
+    found = iter(OP([*tensors, *(t for t in given if t is not None)], program.name))
+    results = infer(ctx.program, tensors)[0].leaves
+    return tuple(next(found) if dtype.is_floating_point or dtype.is_complex else None for _, dtype in results)
 
 
 def vjp(program: Program, arity: int, wanted: tuple[int, ...], given: tuple[int, ...]) -> Program:
@@ -168,10 +139,13 @@ def jvp(program: Program, arity: int, given: tuple[int, ...]) -> Program:
 def _vmap(
     info: Any, in_dims: Any, tensors: Sequence[torch.Tensor], program: str
 ) -> tuple[list[torch.Tensor], list[int]]:
-    dims = tuple(in_dims[0]) if isinstance(in_dims[0], (list, tuple)) else (in_dims[0],) * len(tensors)
-    batched = vmap(by_name(program), dims)
-    outputs = OP(list(tensors), batched.name)
+    outputs = OP(list(tensors), vmap(by_name(program), batched_dims(in_dims[0], tensors)).name)
     return outputs, [0] * len(outputs)
+
+
+def batched_dims(dims: Any, tensors: Sequence[torch.Tensor]) -> tuple[int | None, ...]:
+    """The mapped dimension of each tensor, of what torch says of the list."""
+    return tuple(dims) if isinstance(dims, (list, tuple)) else (dims,) * len(tensors)
 
 
 def vmap(program: Program, dims: tuple[int | None, ...]) -> Program:
@@ -190,5 +164,5 @@ OP = library.define(
 )
 library.implement(NAME, run)
 library.fake(NAME, _fake)
-library.autograd(NAME, _backward, _setup)
+library.autograd(NAME, _backward, _setup, tangents)
 library.vmap(NAME, _vmap)

@@ -17,7 +17,7 @@ from .errors import DuplicateOpError, KernelError, SignatureError
 from .jax_bridge_arrays import runtime
 from .jax_bridge_executors import execute
 from .jax_bridge_export import call_carried, let_carry
-from .jax_bridge_op import OP, gradients, vmap
+from .jax_bridge_op import OP, gradients, tangents, vmap
 from .jax_bridge_programs import Program, find_function, find_program
 from .jax_bridge_shapes import evaluate, infer
 from .op import register_op
@@ -191,6 +191,7 @@ def _register(
         return function
     op.register_fake(op.gather(lambda args: op.call_with(functools.partial(_fake, kernel), args)))
     backward, setup = _formula(kernel, any(arg.keyword_only for arg in op.spec.args))
+    op.jvp = tangents
     op.register_autograd(backward, setup_context=setup)
     op.register_vmap(op_vmap(op, kernel))
     return function

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.library import Library
 
-from . import _compat
+from . import _compat, transforms
 from .later import become, later
 
 # The process owns every Library: a collected one takes its kernels with it and later calls crash (pytorch #115990).
@@ -158,10 +158,28 @@ def define_with_public_calls(qualname: str, schema: str, fn: Callable[..., Any],
     library._register_fake(name, fake)
 
 
-def autograd(qualname: str, backward: Callable[..., Any], setup_context: Callable[..., Any] | None) -> None:
-    """Register the backward formula, with torch.library's meaning of both arguments."""
+def autograd(
+    qualname: str,
+    backward: Callable[..., Any],
+    setup_context: Callable[..., Any] | None,
+    jvp: Callable[..., Any] | None = None,
+) -> None:
+    """Register the backward formula, with torch.library's meaning of both arguments, for torch.func as well.
+
+    jvp: the formula for tangents, as in transforms.differentiable.
+    """
+
+    class Wrapped:
+        """The library, in which torch registers its kernel wrapped for transforms."""
+
+        def impl(self, name: str, kernel: Callable[..., Any], key: str, with_keyset: bool) -> None:
+            op = overload(f"{namespace}::{name}")
+            made = transforms.differentiable(op, kernel, backward, setup_context, jvp)
+            _library(namespace).impl(name, made, key, with_keyset=with_keyset)
+
     namespace, _ = split_name(qualname)
-    torch.library.register_autograd(qualname, backward, setup_context=setup_context, lib=_library(namespace))
+    library: Any = Wrapped()
+    torch.library.register_autograd(qualname, backward, setup_context=setup_context, lib=library)
     _compat.forget_dispatch(overload(qualname))
 
 

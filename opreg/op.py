@@ -42,6 +42,7 @@ class Op(Generic[P, R]):
         self.kernels: list[KernelSpec] = []
         self.explicit_fake: Callable[..., Any] | None = None
         self.has_autograd = False
+        self.jvp: Callable[..., Any] | None = None  # see transforms.differentiable; torch.library has no word for it
         self.formula: tuple[Callable[..., Any] | None, ...] = ()
         self.batching: Callable[..., Any] | None = None
         self.traced = False  # whether a compiler has seen the fake
@@ -199,7 +200,7 @@ class Op(Generic[P, R]):
                 "functional op for training and let it return what it computes"
             )
         if not self.refuses_gradients:
-            library.autograd(self.name, backward, setup_context)
+            library.autograd(self.name, backward, setup_context, self.jvp)
         self.has_autograd, self.formula = True, (backward, setup_context)
         digest.changed_after_trace(self, "a backward formula")
 

@@ -149,8 +149,7 @@ x = torch.randn(5, 3)
 rows = torch.export.Dim("rows", min=2, max=1000)
 program = torch.export.export(Model(), (x,), dynamic_shapes={"x": {0: rows}}, strict=WAY == "strict")
 if WAY != "plain":
-    program = program.run_decompositions(opreg.jax_decompositions())
-program = program.run_decompositions(opreg.jax_decompositions(cube, double)) if WAY == "ops" else program
+    program = program.run_decompositions(opreg.jax_decompositions(*((cube, double) if WAY == "ops" else ())))
 names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
 names |= {str(node.args[0]) for node in program.graph.nodes if "auto_functionalized" in str(node.target)}
 assert "opreg.jax_exported.default" in names, names

@@ -170,9 +170,10 @@ def decompose_by_table(op: torch._ops.OpOverload) -> None:
 def apply_at_this_level(function: Any, *args: Any) -> Any:
     """Run an autograd.Function at the level of the torch.func transform that is at work, as torch does with those it
     makes of a user's. Private and the same from torch 2.8 to 2.13."""
-    from torch._functorch.autograd_function import enable_single_level_autograd_function
+    from torch._functorch import autograd_function
 
-    with enable_single_level_autograd_function():
+    levels: Any = autograd_function
+    with levels.enable_single_level_autograd_function():
         return function.apply(*args)
 
 

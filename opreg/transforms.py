@@ -31,7 +31,7 @@ def differentiable(
     """
 
     def run(keyset: Any, *args: Any, **kwargs: Any) -> Any:
-        level = peek_interpreter_stack()
+        level: Any = peek_interpreter_stack()
         # In a compiled graph the transform is entered without a word to forward_ad.
         forward = forward_ad._current_level >= 0 if level is None else level.key() == TransformType.Jvp
         if not forward and level is None:

@@ -194,16 +194,16 @@ def _backward_second(ctx: Any, *seconds: Tensor) -> tuple[Tensor | None, ...]:
     """
     tensors = ctx.saved_tensors
     wanted = [i for i, needed in enumerate(ctx.needs_input_grad[:7]) if needed]
-    with torch.enable_grad():
-        # Views: out depends on q, and without them its part would be counted here and by the forward op once more.
-        # They keep the history, so that a third derivative finds its way.
-        given = [x.view_as(x) if i in wanted else x.detach() for i, x in enumerate(tensors[:7])]
-        grads = gradients(*given, *tensors[7:], *ctx.options)
-        pairs = [(grad, second) for grad, second in zip(grads, seconds, strict=True) if grad.requires_grad]
-        outputs, weights = zip(*pairs, strict=True)
-        found = torch.autograd.grad(
-            outputs, [given[i] for i in wanted], weights, create_graph=torch.is_grad_enabled(), allow_unused=True
-        )
+
+    def formula(*chosen: Tensor) -> tuple[Tensor, ...]:
+        given = list(tensors)
+        for index, value in zip(wanted, chosen, strict=True):
+            given[index] = value
+        return gradients(*given, *ctx.options)
+
+    # torch.func's vjp, a level of its own: out depends on q, and here neither may be seen as the other's history. It
+    # works under all of torch.func's transforms, and its results keep their history for a third derivative.
+    found = torch.func.vjp(formula, *(tensors[i] for i in wanted))[1](tuple(seconds))
     result: list[Tensor | None] = [None] * 13
     for index, grad in zip(wanted, found, strict=True):
         result[index] = grad

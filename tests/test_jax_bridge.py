@@ -152,3 +152,18 @@ def test_importing_the_bridge_does_not_import_jax():
         "import opreg.jax_bridge; assert 'jax' not in sys.modules, 'jax'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_one_tensor_is_no_list_of_arguments(compiled):
+    def call(x):
+        return opreg.call_jax(jnp.add, x)  # its two rows would be added
+
+    torch._dynamo.reset()
+    run = torch.compile(call, backend="eager") if compiled else call
+    with pytest.raises(JaxArgumentError, match=r"args is a torch.Tensor.*write \(x,\) for one"):
+        run(torch.ones(2, 3))
+
+
+def test_an_ellipsis_is_a_static_value():
+    assert opreg.call_jax(lambda a, index: a[index], (torch.ones(2, 3), ...)).shape == (2, 3)

@@ -8,6 +8,10 @@ import torch
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import opreg
+from opreg.errors import AutogradError
+
+# torch's own decompositions for forward mode, compiled when a tangent is first asked for.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 
 
 @opreg.register_jax_op("opregtransforms::cube")
@@ -17,7 +21,7 @@ def cube(x: jax.Array, w: jax.Array, power: int = 3, *, shift: float = 0.0) -> j
 
 @opreg.register_jax_op("opregtransforms::spread")
 def spread(parts: list[jax.Array], where: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
-    return sum(part**3 for part in parts), parts[0] * parts[-1], parts[0].argmax(0)
+    return sum(part**3 for part in parts), parts[0] * parts[-1], (parts[0] > 0).astype("int32")
 
 
 @opreg.register_op("opregtransforms::square")
@@ -123,9 +127,9 @@ def test_formulas_of_operators_written_in_torch():
 
 def test_tangents_that_would_be_dropped_are_refused():
     for op in (square, torch.ops.opregtransforms.square):
-        with pytest.raises(opreg.AutogradError, match=r"opregtransforms::square.*dual tensor.*torch\.func\.vjp"):
+        with pytest.raises(AutogradError, match=r"opregtransforms::square.*dual tensor.*torch\.func\.vjp"):
             jvp(op, (torch.ones(2),), (torch.ones(2),))
-        with pytest.raises(opreg.AutogradError, match=r"opregtransforms::square.*dual tensor"):
+        with pytest.raises(AutogradError, match=r"opregtransforms::square.*dual tensor"):
             hessian(lambda a, op=op: op(a).sum())(torch.ones(2))
 
 

@@ -11,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import opreg
+from opreg.errors import AutogradError
 
 splash = importlib.import_module("opreg.ops.splash_attention")
 attention, backward = splash.splash_attention, splash.splash_attention_backward
@@ -207,6 +208,31 @@ def test_second_derivatives_are_those_of_autograd():
     ours = torch.autograd.functional.hessian(lambda q: mix(*attention(q, k, v, causal=True, soft_cap=0.9)), q)
     want = torch.autograd.functional.hessian(lambda q: mix(*plain(q, k, v, 0.9)), q)
     torch.testing.assert_close(ours, want)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own, for tangents
+def test_torch_func_equals_autograd():
+    q, k, v = (x.double() for x in heads(1, 2, 1, 4, 4, 3))
+
+    def mixed(out, lse):
+        return out.sin().sum() + lse.cos().sum()
+
+    def loss(q, k, v):
+        return mixed(*attention(q, k, v, causal=True, soft_cap=0.9))
+
+    def want(q, k, v):
+        return mixed(*plain(q, k, v, 0.9))
+
+    every = (0, 1, 2)
+    torch.testing.assert_close(torch.func.grad(loss, every)(q, k, v), torch.func.grad(want, every)(q, k, v))
+    second = torch.func.jacrev(torch.func.grad(loss))(q, k, v)
+    torch.testing.assert_close(second, torch.func.jacrev(torch.func.grad(want))(q, k, v))
+    batch = torch.stack([q, q + 1])
+    each = torch.vmap(torch.func.grad(loss, every), in_dims=(0, None, None))(batch, k, v)
+    for i, one in enumerate(batch):
+        torch.testing.assert_close([grad[i] for grad in each], [*torch.func.grad(want, every)(one, k, v)])
+    with pytest.raises(AutogradError, match=r"splash_attention.*dual tensor.*torch\.func\.jacrev"):
+        torch.func.hessian(loss)(q, k, v)
 
 
 def test_vmap_of_the_op_and_of_its_gradients():

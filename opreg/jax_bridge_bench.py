@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from .op import register_op
 from .transfer import to_device
 
 _LARGE = 16 << 20  # float32 in 64 MiB
+_SERIAL = itertools.count()
 
 
 def sin_add(a: Any, b: Any) -> Any:
@@ -117,6 +119,7 @@ def _entered() -> Iterator[Row]:
     a, b = torch.randn(8, 8), torch.randn(8, 8)
     result = (torch.randn(8, 8),)
     calls = {}
+    torch._dynamo.reset()  # torch 2.9 counts the graphs of the section before
     for way, fn in _ways().items():
         graph = torch.compile(_repeated(fn, 1), fullgraph=True, backend=lambda module, inputs: lambda *given: result)
         graph(a, b)
@@ -156,10 +159,12 @@ def _library_op(name: str, kernel: Callable[..., Any]) -> Callable[..., Tensor]:
 
 def _repeated(fn: Callable[[Tensor, Tensor], Tensor], count: int) -> Callable[[Tensor, Tensor], Tensor]:
     """`count` calls in a row, in a function whose code no other has: graphs of one code are searched in turn."""
-    names = {"fn": fn}
-    lines = ["def run(x, y):", *["    x = fn(x, y)"] * count, "    return x"]
+    names: dict[str, Any] = {"fn": fn}
+    name = f"run{next(_SERIAL)}"  # Dynamo takes equal codes of equal names for one
+    lines = [f"def {name}(x, y):", *["    x = fn(x, y)"] * count, "    return x"]
     exec(compile("\n".join(lines), "<opreg bench>", "exec"), names)
-    return names["run"]
+    made: Callable[[Tensor, Tensor], Tensor] = names[name]
+    return made
 
 
 def _large() -> Iterator[Row]:

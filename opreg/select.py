@@ -85,7 +85,8 @@ def asked_once(predicate: Callable[..., str | None]) -> bool:
     return not inspect.signature(predicate).parameters
 
 
-def _refusal(op: Op, predicate: Callable[..., str | None], args: tuple[Any, ...]) -> str | None:
+def refusal(op: Op, predicate: Callable[..., str | None], args: tuple[Any, ...]) -> str | None:
+    """What a kernel's predicate says to a call, of which it may want to see nothing."""
     found: str | None = predicate() if asked_once(predicate) else op.call_with(predicate, args)
     return found
 
@@ -231,9 +232,9 @@ def explain(op: Op, device_type: str, args: tuple[Any, ...] | None = None) -> Ex
         elif (absent := kernel.missing()) is not None:
             state, why = "missing", absent
         elif args is not None and (predicate := load_predicate(op, kernel)) is not None:
-            refusal = _refusal(op, predicate, args)
-            if refusal is not None:
-                state, why = "refused", refusal
+            answer = refusal(op, predicate, args)
+            if answer is not None:
+                state, why = "refused", answer
         if forced is not None and kernel.name != forced[0].name and state == "ready":
             why = f"{forced[1]} chose {forced[0].name}"
         elif state == "ready" and selected is None:
@@ -264,9 +265,9 @@ def runner(op: Op, device_type: str) -> Callable[..., Any]:
     for kernel in found:
         predicate = load_predicate(op, kernel)
         if predicate is not None and asked_once(predicate):
-            refusal = predicate()
-            if refusal is not None:
-                _say_once(op, f"{op.name} on {device_type}: {kernel.name} refused: {refusal}")
+            answer = predicate()
+            if answer is not None:
+                _say_once(op, f"{op.name} on {device_type}: {kernel.name} refused: {answer}")
                 continue
             predicate = None
         choices.append((kernel, predicate, load(op, kernel)))
@@ -301,7 +302,7 @@ def _forced_runner(op: Op, device_type: str) -> Callable[..., Any]:
         reason = None if kernel.takes(device_type) else f"it is for {kernel.devices}, not {device_type}"
         reason = reason or kernel.missing()
         if reason is None and (predicate := load_predicate(op, kernel)) is not None:
-            reason = _refusal(op, predicate, args)
+            reason = refusal(op, predicate, args)
         if reason is not None:
             raise KernelError(f"{op.name}: {who} forces kernel '{kernel.name}', which cannot run here: {reason}")
         return op.call_with(load(op, kernel), args)

@@ -104,7 +104,7 @@ def refusal(op: Op[Any, Any], kernel: KernelSpec, args: tuple[Any, ...]) -> str 
     if predicate is None:
         return None
     try:
-        answer = op.call_with(predicate, args)
+        answer: Any = select.refusal(op, predicate, args)
     except Exception as error:  # as above
         raise Crashed(f"why_not raises {describe(error)}") from error
     if answer is not None and (not isinstance(answer, str) or not answer):

@@ -286,8 +286,8 @@ def check_pinned(op: Op[Any, Any], fn: Callable[..., Any], call: Call, what: str
 
 
 def predicates(op: Op[Any, Any], device: str) -> Iterator[tuple[str, Callable[..., Any]]]:
-    """(kernel name, why_not) of the kernels that are for a device and installed."""
+    """(kernel name, why_not) of the kernels that are for a device and installed, if it looks at calls."""
     for kernel in select.candidates(op, device):
         predicate = select.load_predicate(op, kernel)
-        if predicate is not None:
+        if predicate is not None and not select.asked_once(predicate):
             yield kernel.name, predicate

@@ -9,6 +9,7 @@ piece whose key was seen before stops there and is run by the artifact of the fi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -53,7 +54,13 @@ class ByTorchKey:
                 for node in inputs:
                     # Part of the key: it would tell the layer that gets the model's input from those like it.
                     node.type = None
-                run = self.compile(piece, values)
+                (output,) = piece.graph.find_nodes(op="output")
+                alone = not isinstance(output.args[0], (tuple, list))
+                if alone:  # Inductor wants a list
+                    output.args = ((output.args[0],),)
+                    piece.recompile()
+                artifact = self.compile(piece, values)
+                run = partial(_first, artifact) if alone else artifact
                 delattr(split, name)
                 # A plain attribute: the artifact is no module.
                 split.__dict__[name] = run
@@ -83,6 +90,10 @@ class ByTorchKey:
                 return self.artifacts[key]
         self.artifacts[key] = made
         return made
+
+
+def _first(artifact: Callable[..., Any], *args: Any) -> Any:
+    return artifact(*args)[0]
 
 
 def by_torch_key(name: str) -> ByTorchKey:

@@ -46,6 +46,8 @@ def gdn_attention_core(
         raise ValueError(f"{_OP}: kv_cache of layer '{layer_name}' is a {found}, expected (conv_state, ssm_state)")
     conv = _need(layer, "conv1d", layer_name, "layer")
     weight = conv.weight
+    if weight.dim() == 3:  # in inference mode torch_xla has no views of tensors made outside it
+        weight = torch.squeeze_copy(weight, 1) if weight.device.type == "xla" else weight.squeeze(1)
     gdn_attention(
         core_attn_out,
         z,
@@ -57,7 +59,7 @@ def gdn_attention_core(
         _need(layer, "head_v_dim", layer_name, "layer"),
         cache[0],
         cache[1],
-        weight.squeeze(1) if weight.dim() == 3 else weight,
+        weight,
         conv.bias,
         _need(layer, "activation", layer_name, "layer"),
         _need(layer, "A_log", layer_name, "layer"),

@@ -197,14 +197,13 @@ def same_name(first):
 
 
 def test_results_are_rebuilt_with_their_own_class_not_one_of_its_name():
-    kinds, graphs = [], []
-    for first in (True, False):
-        kind, fn = same_name(first)
-        kinds.append(kind)
-        graphs.append(torch.compile(lambda x, fn=fn: opreg.call_jax(fn, (x,)), fullgraph=True, backend="eager"))
-        graphs[-1](torch.ones(1))
-    for kind, graph in zip(kinds, graphs, strict=True):
-        out = graph(torch.ones(1))
+    (first, make_first), (second, make_second) = same_name(True), same_name(False)
+
+    def both(x):
+        return make_first(x), make_second(x)
+
+    compiled = torch.compile(lambda x: opreg.call_jax(both, (x,)), fullgraph=True, backend="eager")
+    for out, kind in zip(compiled(torch.ones(1)), (first, second), strict=True):
         assert type(out) is kind
         assert (out.a.item(), out.b.item()) == (2, 3)
 

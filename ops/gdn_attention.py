@@ -78,8 +78,8 @@ def gdn_attention(
         spec_token_indx are theirs, as above, and a batch with both kinds needs both token indices.
     spec_state_indices_tensor: [sequences, drafts + 1] slots: both states after token t of the step go to column t. All
         kernels of this op keep a cache so, and any of them continues another's. Kernels that keep one rolling buffer of
-        width - 1 + drafts rows in column 0 (vLLM's, and Intel's own since 0.1.14) must not share a cache with it; where
-        the cache can be read without waiting for a GPU, one that was written so is an error.
+        width - 1 + drafts rows in column 0 (vLLM's, and Intel's own since 0.1.14) must not share a cache with it: where
+        conv_state has that many rows, one that was written so is an error (on a GPU, of this call or a later one).
     num_accepted_tokens: how many tokens of its previous step each such sequence keeps; it goes on from column
         max(accepted - 1, 0). A plain step that follows a speculative one names that slot in source_state_indices.
     num_actual_tokens: rows from here on are padding; None means that there is no padding.

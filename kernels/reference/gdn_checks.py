@@ -102,15 +102,26 @@ def check_speculative(
     return query_start_loc, state_indices, accepted_tokens
 
 
+def holds_rolling_buffer(conv_state: Tensor, width: int, columns: int) -> bool:
+    """Whether kernels of the other convention can have written conv_state at all.
+
+    They keep one rolling buffer of width - 1 + drafts rows in a sequence's first slot. With fewer rows to a slot it has
+    no room, and whatever the slots hold, a test's random numbers too, is taken for windows of this convention.
+    """
+    drafts = columns - 1
+    return drafts > 0 and conv_state.shape[1] >= width - 1 + drafts
+
+
 def check_windows(
     conv_state: Tensor, width: int, count: int, columns: Tensor, accepted: Tensor, null_slot: int
 ) -> None:
     """ValueError unless the columns a row has accepted hold windows of the convolution one token apart.
 
-    That is what every kernel of this package leaves after a speculative step. Kernels that keep one rolling buffer of
-    width - 1 + drafts rows in column 0 (vLLM's, and the vendor's since 0.1.14) leave the other columns alone, as the
-    first 256 channels show.
+    That is what every kernel of this package leaves after a speculative step. Kernels that keep a rolling buffer
+    (vLLM's, and the vendor's since 0.1.14) leave the other columns alone, as the first 256 channels show.
     """
+    if not holds_rolling_buffer(conv_state, width, columns.shape[1]):
+        return
     keep = width - 1
     places = []
     for i, (row, n) in enumerate(zip(columns[:count].tolist(), accepted[:count].tolist(), strict=True)):

@@ -222,7 +222,7 @@ def finish(
         i, starts, slots, slot_stride, column_stride, sources, source_stride, initial, accepted, columns, null_slot,
         count_slots, most, COLUMNS,
     )  # fmt: skip
-    if accepted is not None:
+    if mixed is not None:
         state = tl.where(tl.load(mixed + i) != 0, WRONG, state)
     channel = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     valid = channel < HV * V

@@ -97,7 +97,7 @@ def run_tokens(
     only read, and rows that no live sequence owns are left alone: see `finish` for both.
 
     A speculative sequence whose windows another kind of kernel wrote is WRONG; mixed [sequences] tells `finish`, which
-    writes windows and cannot find out, and report [1] becomes 1.
+    writes windows and cannot find out, and report [1] becomes 1. mixed None: the cache has no room for such windows.
     """
     CONV: tl.constexpr = 2 * HK * K + HV * V
     G: tl.constexpr = HV // HK
@@ -109,7 +109,7 @@ def run_tokens(
         i, starts, slots, slot_stride, column_stride, sources, source_stride, initial, accepted, columns, null_slot,
         count_slots, most, COLUMNS,
     )  # fmt: skip
-    if accepted is not None:
+    if mixed is not None:
         other = mixed_windows(
             i, conv_state, conv_stride, slots, slot_stride, column_stride, accepted, columns, null_slot, count_slots,
             state == RUN, CONV, W, R,

@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from ..reference.gdn_args import Sizes
+from ..reference.gdn_checks import holds_rolling_buffer
 from .gdn_batch import plan_chunks
 from .gdn_chunk import run_chunks, solve_chunks
 from .gdn_conv import convolve_chunks, finish
@@ -142,7 +143,7 @@ def launch(s: Sizes, x: Data, group: Group, null_slot: int, flat: bool, prefills
     batch, writes = group.batch(s, null_slot), group.writes()
     programs = group.n * s.hv * (s.v // block_rows(s, io))
     mixed = report = None
-    if group.accepted is not None:
+    if group.accepted is not None and holds_rolling_buffer(x.conv_state, s.width, group.slots.shape[1]):
         mixed, report = x.qkvz.new_empty(group.n, dtype=torch.int32), windows.report(x.qkvz.device)
     chunked = prefills and group.starts is not None and s.actual > AT_MOST and chunking(s, io)[0] > 0
     run_tokens[(programs,)](

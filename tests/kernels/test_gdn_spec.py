@@ -146,7 +146,7 @@ def test_nothing_accepted_goes_on_from_the_first_column(kernel: Kernel) -> None:
 
 def test_a_cache_of_another_convention_is_an_error(kernel: Kernel) -> None:
     """One rolling buffer in column 0, as vLLM's kernels keep it, never wrote the slots of the other columns."""
-    server = Server(kernel, [20], 2, torch.bfloat16)
+    server = Server(kernel, [20], 2, torch.bfloat16, spare_conv_rows=2)
     server.step({0: 5}, {}, 0)
     server.step({}, {0: (2, 2)}, 1)
     others = server.table[0, 1:].long()
@@ -159,6 +159,22 @@ def test_a_cache_of_another_convention_is_an_error(kernel: Kernel) -> None:
         assert torch.equal(state.nan_to_num(7.0), before[name].nan_to_num(7.0))
         state[others] = written[name]
     server.step({}, {0: (1, 1)}, 2)
+
+
+def test_a_cache_without_room_for_another_convention_may_hold_any_windows(kernel: Kernel) -> None:
+    """Of width - 1 rows to a slot, or one short of a rolling buffer: as Intel's own tests draw."""
+    for spare in (0, 1):
+        server = Server(kernel, [20], 2, torch.float32, spare_conv_rows=spare)
+        server.step({0: 5}, {}, 0)
+        server.step({}, {0: (2, 2)}, 1)
+        slots = server.table[0].long()
+        server.states["conv_state"][slots] = torch.randn_like(server.states["conv_state"][slots])
+        wanted = {name: state.clone() for name, state in server.states.items()}
+        server.step({}, {0: (1, 1)}, 2)
+        assert not server.out[5:10].isnan().any()
+        # Two tokens were fed from the window of column 2, and the last of it is the first of the newest one.
+        oldest = wanted["conv_state"][slots[2], 2]
+        assert torch.equal(server.states["conv_state"][slots[1], 0], oldest)
 
 
 def test_checkpoints_hold_the_state_after_their_token(kernel: Kernel) -> None:

@@ -17,8 +17,9 @@ WRITTEN = ("core_attn_out", "z", "conv_state", "ssm_state")
 class Server:
     """Serves sequences whose true tokens are known, with a row of slots each, and keeps what the op put out."""
 
-    def __init__(self, lengths: list[int], drafts: int) -> None:
-        self.truth = make_call(lengths, HEADS, initial=[False] * len(lengths), spare_slots=0)
+    def __init__(self, lengths: list[int], drafts: int, spare_conv_rows: int = 0) -> None:
+        fresh = [False] * len(lengths)
+        self.truth = make_call(lengths, HEADS, initial=fresh, spare_slots=0, spare_conv_rows=spare_conv_rows)
         self.starts = self.truth["non_spec_query_start_loc"].tolist()
         slots = len(lengths) * (drafts + 1)
         order = torch.randperm(slots, generator=torch.Generator().manual_seed(7))
@@ -110,7 +111,7 @@ def test_a_cache_of_another_convention_is_an_error(monkeypatch: pytest.MonkeyPat
     """One rolling buffer in column 0, as vLLM's kernels keep it, never wrote the slots of the other columns."""
     if on_gpu:
         unchecked(monkeypatch)
-    server = Server([12, 12], 2)
+    server = Server([12, 12], 2, spare_conv_rows=2)
     server.step({0: 3, 1: 3}, {}, 0)
     server.step({}, {0: (2, 2), 1: (2, 2)}, 1)
     others = server.table[0, 1:]
@@ -127,13 +128,24 @@ def test_a_cache_of_another_convention_is_an_error(monkeypatch: pytest.MonkeyPat
     server.step({}, {0: (1, 1), 1: (1, 1)}, 2)
 
 
+def test_a_cache_without_room_for_another_convention_may_hold_any_windows() -> None:
+    server = Server([12, 12], 2, spare_conv_rows=1)
+    server.step({0: 3, 1: 3}, {}, 0)
+    server.step({}, {0: (2, 2), 1: (2, 2)}, 1)
+    conv = server.states["conv_state"]
+    conv[server.table[0]] = torch.randn_like(conv[server.table[0]])
+    oldest = conv[server.table[0, 2], 2].clone()
+    server.step({}, {0: (1, 1), 1: (1, 1)}, 2)
+    assert torch.equal(conv[server.table[0, 1], 0], oldest)  # two tokens on, in column 1
+
+
 def test_rows_of_another_convention_are_nan_and_others_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     unchecked(monkeypatch)
     reports = gdn_mixed.Windows()
     for module in (gdn, gdn_launch):
         monkeypatch.setattr(module, "windows", reports)
     monkeypatch.setattr(reports, "check", lambda _: None)  # as on a GPU, where the report arrives later
-    call = make_call([2, 2], HEADS, spare_slots=2)
+    call = make_call([2, 2], HEADS, spare_slots=2, spare_conv_rows=1)
     call.update(
         num_prefills=0,
         num_spec_decodes=2,

@@ -1,6 +1,7 @@
 """opreg::gdn_attention by the functions of transformers' Qwen3-Next, for sequences of one length."""
 
 import importlib
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -38,6 +39,13 @@ def transformers(call: Mapping[str, Any]) -> Callable[[], Tensor] | str:
         conv_state = weights.new_zeros(count, weights.shape[0], width)
         state = torch.zeros(count, hv, k, v)
     decay = call["A_log"].float().exp()
+    # 5.20 wants a key head per value head and leaves repeating them to its module; 5.23's functions do that themselves.
+    version = tuple(int(part) for part in importlib.metadata.version("transformers").split(".")[:2])
+    repeats = 1 if version >= (5, 23) else ratio
+
+    def of_heads(x: Tensor) -> Tensor:
+        x = x.reshape(count, tokens, hk, k)
+        return x if repeats == 1 else x.repeat_interleave(repeats, 2)
 
     def step() -> Tensor:
         qkvz = call["projected_states_qkvz"].view(count, tokens, hk, -1)
@@ -53,8 +61,8 @@ def transformers(call: Mapping[str, Any]) -> Callable[[], Tensor] | str:
         q, key, value = y.transpose(1, 2).split([hk * k, hk * k, hv * v], dim=-1)
         rule = qwen.torch_recurrent_gated_delta_rule if tokens == 1 else qwen.torch_chunk_gated_delta_rule
         out, new = rule(
-            q.reshape(count, tokens, hk, k),
-            key.reshape(count, tokens, hk, k),
+            of_heads(q),
+            of_heads(key),
             value.reshape(count, tokens, hv, v),
             g=-decay * torch.nn.functional.softplus(a.reshape(count, tokens, hv).float() + call["dt_bias"]),
             beta=b.reshape(count, tokens, hv).sigmoid(),

@@ -59,7 +59,7 @@ print-lanes:
 SAME := tests --ignore=tests/test_packaging.py --ignore=tests/test_plugins.py --ignore=tests/test_readme.py
 
 lane-transformers: .venv/$(STAMP)
-	.venv/bin/pytest tests/kernels/test_gdn_transformers.py $(wildcard tests/test_examples_serving.py)
+	.venv/bin/pytest tests/kernels/test_gdn_transformers.py tests/kernels/test_gdn_rule_models.py $(wildcard tests/test_examples_serving.py)
 
 lane-slow: .venv/$(STAMP)
 	.venv/bin/pytest $(SPREAD) -m slow

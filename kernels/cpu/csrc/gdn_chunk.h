@@ -9,87 +9,6 @@
 // of sum_j A[i][j]^2 is below 1/4 (TAME), and reaches 5e-2 at 32, the largest possible; a head whose A is larger in some
 // chunk goes through that chunk in float, at half the speed.
 
-struct DotF32 {
-    static constexpr int pack = 1;
-    static inline vf mul(vf a, vf b, vf c) { return a * b + c; }
-};
-#if HAVE_BF16_DOT
-struct DotBF16 {
-    static constexpr int pack = 2;
-    static inline vf mul(vf a, vf b, vf c) { return vf(_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b)); }
-};
-#endif
-
-static inline vf word(const float* p) { return bits_as<vf>(bits_as<int32_t>(*p) - vi{}); }
-
-constexpr int TILE = VL == 16 ? 4 : 2;  // vectors of columns in a tile of four rows
-
-// acc += a b for R rows of a and N vectors of columns of b. The sums are its own: GCC keeps those of a caller that looks at
-// them in other loops on the stack, also in the loop below.
-template <class Dot, int R, int N>
-static inline __attribute__((always_inline)) void product(vf (&acc)[R][N], const float* a, int64_t a_row, const float* b, int64_t b_row,
-                                                         int64_t depth) {
-    vf sums[R][N];
-#pragma GCC unroll 16
-    for (int i = 0; i < R * N; i++) sums[i / N][i % N] = acc[i / N][i % N];
-    for (int64_t d = 0; d < depth; d++, a++, b += b_row) {
-        vf bv[N];
-#pragma GCC unroll 4
-        for (int n = 0; n < N; n++) bv[n] = load(b + n * VL);
-#pragma GCC unroll 4
-        for (int m = 0; m < R; m++) {
-            const vf av = word(a + m * a_row);
-#pragma GCC unroll 4
-            for (int n = 0; n < N; n++) sums[m][n] = Dot::mul(av, bv[n], sums[m][n]);
-        }
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < R * N; i++) acc[i / N][i % N] = sums[i / N][i % N];
-}
-
-// Four rows as words of operand B, that is pairs along the rows (or plain rows where words are floats).
-template <class Dot, int N> static inline void store_words(const vf (&acc)[4][N], float* to, int64_t row) {
-    if constexpr (Dot::pack == 1) {
-        for (int m = 0; m < 4; m++)
-            for (int n = 0; n < N; n++) store(to + (row + m) * N * VL + n * VL, acc[m][n]);
-    }
-#if HAVE_BF16_DOT
-    else
-        for (int m = 0; m < 2; m++)
-            for (int n = 0; n < N; n++)
-                store(to + (row / 2 + m) * N * VL + n * VL, pair_rows(acc[2 * m][n], acc[2 * m + 1][n]));
-#endif
-}
-
-// Columns of the state and of X lie in tiles, so that what a product runs over again and again is one piece of the
-// first-level cache. The tile of column v (a multiple of VL) starts at `first` times the rows.
-struct Columns {
-    int64_t first, width;
-};
-static inline Columns columns(int64_t v, int64_t vp) {
-    const int64_t first = v - v % (TILE * VL);
-    return first + TILE * VL <= vp ? Columns{first, TILE * VL} : Columns{v, VL};
-}
-
-// One row of operand A from floats.
-template <class Dot> static inline void row_words(float* to, const float* from, int64_t n) {
-    for (int64_t i = 0; i < n; i += VL) {
-        if constexpr (Dot::pack == 1) store(to + i, load(from + i));
-        else store(reinterpret_cast<BF16*>(to) + i, load(from + i));
-    }
-}
-
-// to[j][i] = from[i][j] for rows x cols words, both multiples of VL.
-static inline void transpose_words(const float* from, int64_t from_row, float* to, int64_t to_row, int64_t rows, int64_t cols) {
-    for (int64_t i = 0; i < rows; i += VL)
-        for (int64_t j = 0; j < cols; j += VL) {
-            vf t[VL];
-            for (int m = 0; m < VL; m++) t[m] = load(from + (i + m) * from_row + j);
-            transpose(t);
-            for (int m = 0; m < VL; m++) store(to + (j + m) * to_row + i, t[m]);
-        }
-}
-
 struct Chunk {
     int64_t kd, kw;             // words in a row of K and Q; K rounded up so that they fill vectors
     float *kq_k, *kq_q;         // K and Q as operand A, [CHUNK, kd]
@@ -197,7 +116,7 @@ template <class Dot> static float chunk_decays(const Chunk& b, const float* alph
 
 // All that a chunk does to N vectors of columns of one value head; columns never meet.
 template <class IO, class Dot, int N>
-static void chunk_columns(const Unit& u, const Chunk& b, int64_t h, int64_t col, int64_t t0, int64_t n, int64_t m, bool has_state, bool more) {
+static void chunk_columns(const Unit& u, const Chunk& b, Ahead& ahead, int64_t h, int64_t col, int64_t t0, int64_t n, int64_t m, bool has_state, bool more) {
     const Call& c = *u.c;
     constexpr int64_t cols = N * VL, row_of_a = CHUNK / Dot::pack;
     float* state = b.state + (h * u.vp + col) * b.kw;
@@ -205,6 +124,7 @@ static void chunk_columns(const Unit& u, const Chunk& b, int64_t h, int64_t col,
     const float *beta = u.beta + h * CHUNK, *v = u.v + h * CHUNK * u.vp + col;
     // X by forward substitution: what earlier tokens leave of the right-hand side, then the four rows among themselves.
     for (int64_t i = 0; i < m; i += 4) {
+        ahead.ask();
         vf x[4][N] = {};
         if (has_state) product<Dot>(x, b.kq_k + i * b.kd, b.kd, words, cols, b.kd);
         for (int r = 0; r < 4; r++)
@@ -224,6 +144,7 @@ static void chunk_columns(const Unit& u, const Chunk& b, int64_t h, int64_t col,
     }
     const int64_t head = u.group * u.ratio + h;
     for (int64_t i = 0; i < m; i += 4) {
+        ahead.ask();
         vf out[4][N] = {};
         if (has_state) {
             product<Dot>(out, b.kq_q + i * b.kd, b.kd, words, cols, b.kd);
@@ -245,6 +166,7 @@ static void chunk_columns(const Unit& u, const Chunk& b, int64_t h, int64_t col,
     int64_t asked = 0;
     for (int64_t i = 0; i < u.kp; i += 4) {
         for (int64_t end = asked + each; asked < end && asked < bytes; asked += 64) __builtin_prefetch(kept + asked, 1);
+        ahead.ask();
         vf s[4][N] = {};
         if (has_state)
             for (int r = 0; r < 4; r++)
@@ -257,11 +179,11 @@ static void chunk_columns(const Unit& u, const Chunk& b, int64_t h, int64_t col,
 }
 
 template <class IO, class Dot>
-static void chunk_head(const Unit& u, const Chunk& b, int64_t h, int64_t t0, int64_t n, int64_t m, bool has_state, bool more) {
+static void chunk_head(const Unit& u, const Chunk& b, Ahead& ahead, int64_t h, int64_t t0, int64_t n, int64_t m, bool has_state, bool more) {
     for (int64_t col = 0; col < u.vp;) {
         const int64_t width = columns(col, u.vp).width;
-        if (width > VL) chunk_columns<IO, Dot, TILE>(u, b, h, col, t0, n, m, has_state, more);
-        else chunk_columns<IO, Dot, 1>(u, b, h, col, t0, n, m, has_state, more);
+        if (width > VL) chunk_columns<IO, Dot, TILE>(u, b, ahead, h, col, t0, n, m, has_state, more);
+        else chunk_columns<IO, Dot, 1>(u, b, ahead, h, col, t0, n, m, has_state, more);
         col += width;
     }
 }
@@ -338,7 +260,7 @@ static void state_to_words(const Unit& u, const Chunk& b, int64_t h) {
 }
 #endif
 
-template <class IO, class Dot> static void run_chunks(const Unit& u, Arena& arena) {
+template <class IO, class Dot> static void run_chunks(Unit& u, Arena& arena, Ahead& ahead) {
     const Call& c = *u.c;
     const Sequence& s = *u.s;
     Chunk b = carve<Dot>(u, arena);
@@ -367,8 +289,10 @@ template <class IO, class Dot> static void run_chunks(const Unit& u, Arena& aren
         if (write < s.writes_end && u.work->writes[write].token < t0 + n) n = u.work->writes[write].token + 1 - t0;
         const int64_t m = up(n, 4), w = up(n, Dot::pack * VL);
         const bool last = t0 + n == s.count;
+        u.expected = ahead.has(u.index, t0);
         prepare<IO>(u, t0, n);
         if (last) expect_unit(*u.work, u.next);
+        ahead.start(*u.work, last ? u.next : u.index, last ? 0 : t0 + n, u.ratio * tiles(u.vp) * (m / 2 + u.kp / 4));
         chunk_keys<Dot>(u, b, n, m, w);
         bool exact_keys = false;
         for (int64_t h = 0; h < u.ratio; h++) {
@@ -380,12 +304,12 @@ template <class IO, class Dot> static void run_chunks(const Unit& u, Arena& aren
                     if (!exact_keys) chunk_keys<DotF32>(u, exact, n, m, up(n, VL));
                     exact_keys = true;
                     chunk_decays<DotF32>(exact, alpha, beta, n, m);
-                    chunk_head<IO, DotF32>(u, exact, h, t0, n, m, has_state, !last);
+                    chunk_head<IO, DotF32>(u, exact, ahead, h, t0, n, m, has_state, !last);
                     if (!last) state_to_words(u, b, h);
                     continue;
                 }
 #endif
-            chunk_head<IO, Dot>(u, b, h, t0, n, m, has_state, !last);
+            chunk_head<IO, Dot>(u, b, ahead, h, t0, n, m, has_state, !last);
         }
         has_state = true;
         t0 += n;

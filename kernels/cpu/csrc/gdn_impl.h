@@ -71,7 +71,8 @@ struct Unit {
     const Work* work;
     const Call* c;
     const Sequence* s;
-    int64_t next;  // the unit that this thread probably gets after this one
+    int64_t index, next;  // this unit, and the one that this thread probably gets after it
+    bool expected;        // whether the rows of this chunk have been asked for
     int64_t group, ratio, kp, vp, segments;
     Segment* segment;
     char* history;        // [width - 1, channels of the unit] in the model's dtype
@@ -153,8 +154,7 @@ template <class IO, int W> static void convolve_rows(const Unit& u, const Segmen
     const int64_t padded = up(g.count, VL), width = W ? W : u.c->width;
     const IO* x[CONV_ROWS + 64];
     for (int64_t i = 0; i < n + width - 1; i++) x[i] = input<IO>(u, g, t0 + first + i - (width - 1));
-    // A row of this segment is a few cache lines in a page of its own: too short for the hardware to see it coming.
-    for (int64_t t = t0 + first + n; t < t0 + first + n + CONV_ROWS && t < u.s->count; t++) {
+    for (int64_t t = t0 + first + n; !u.expected && t < t0 + first + n + CONV_ROWS && t < u.s->count; t++) {
         const char* next = reinterpret_cast<const char*>(input<IO>(u, g, t));
         for (int64_t at = 0; at < g.count * int64_t(sizeof(IO)); at += 64) __builtin_prefetch(next + at, 0, 2);
     }
@@ -166,7 +166,19 @@ template <class IO, int W> static void convolve_rows(const Unit& u, const Segmen
             vf w[W], window[W];
             for (int i = 0; i < W; i++) w[i] = load(g.taps + i * padded + ch);
             for (int i = 0; i + 1 < W; i++) window[i + 1] = load_some(x[i] + ch, left);
-            for (int64_t t = 0; t < n; t++, out += g.out_row) {
+            int64_t t = 0;
+            for (; t + 4 <= n; t += 4, out += 4 * g.out_row) {
+                vf in[W + 3], y[4];
+                for (int i = 0; i + 1 < W; i++) in[i] = window[i + 1];
+                for (int i = 0; i < 4; i++) in[W - 1 + i] = load_some(x[t + W - 1 + i] + ch, left);
+                for (int i = 0; i < 4; i++) y[i] = bias;
+                for (int i = 0; i < W; i++)
+                    for (int j = 0; j < 4; j++) y[j] = in[i + j] * w[i] + y[j];
+                silu_four(y, x[0]);
+                for (int j = 0; j < 4; j++) store(out + j * g.out_row, rounded(y[j], x[0]));
+                for (int i = 0; i + 1 < W; i++) window[i + 1] = in[i + 4];
+            }
+            for (; t < n; t++, out += g.out_row) {
                 for (int i = 0; i + 1 < W; i++) window[i] = window[i + 1];
                 window[W - 1] = load_some(x[t + W - 1] + ch, left);
                 vf y = bias;
@@ -216,7 +228,7 @@ template <class IO> static void prepare(const Unit& u, int64_t t0, int64_t n) {
         const int64_t some = n - first < CONV_ROWS ? n - first : CONV_ROWS;
         for (int64_t i = 0; i < u.segments; i++) convolve<IO>(u, u.segment[i], t0, first, some);
         for (int64_t t = first; t < first + some; t++) {
-            if (t0 + t + CONV_ROWS < u.s->count) {
+            if (!u.expected && t0 + t + CONV_ROWS < u.s->count) {
                 expect(reinterpret_cast<const char*>(from(t0 + t + CONV_ROWS)), bytes);
                 expect(reinterpret_cast<char*>(to(t0 + t + CONV_ROWS)), bytes);
             }
@@ -264,26 +276,9 @@ static void place(const Call& c, int64_t group, int64_t i, Segment& g) {
     g.in = c.flat ? g.channel : i < 2 ? start + i * c.k : start + 2 * c.k + (i - 2) * c.v;
 }
 
-// Asks for what the unit after this one reads first, while this one has arithmetic to do: its first rows, the weights and
-// the state of its convolution are many short pieces, and each would be waited for.
-static void expect_unit(const Work& work, int64_t unit) {
-    const Call& c = *work.call;
-    if (unit >= work.units) return;
-    const Sequence& s = work.sequences[work.order[unit / c.hk]];
-    const int64_t item = int64_t(gdn::size_of(c.io)), dim = 2 * c.hk * c.k + c.hv * c.v;
-    for (int64_t i = 0; i < 2 + c.hv / c.hk; i++) {
-        Segment g;
-        place(c, unit % c.hk, i, g);
-        const int64_t taps = c.width * int64_t(gdn::size_of(c.weights_type));
-        expect(c.weights + g.channel * taps, g.count * taps);
-        for (int64_t r = 0; s.source >= 0 && r + 1 < c.width; r++)
-            expect(c.conv_state + (s.source * c.conv_slot + r * dim + g.channel) * item, g.count * item);
-        for (int64_t t = s.first; t < s.first + s.count && t < s.first + CONV_ROWS; t++)
-            expect(c.qkvz + ((work.rows ? work.rows[t] : t) * c.qkvz_row + g.in) * item, g.count * item);
-    }
-}
-
+#include "gdn_ahead.h"
 #include "gdn_step.h"
+#include "gdn_words.h"
 #include "gdn_chunk.h"
 
 template <class IO> static void begin(Unit& u, Arena& arena) {
@@ -324,14 +319,16 @@ template <class IO> static void begin(Unit& u, Arena& arena) {
         }
 }
 
-template <class IO> static void run_unit(const Work& work, int64_t unit, Arena& arena) {
+template <class IO> static void run_unit(const Work& work, int64_t unit, Arena& arena, Ahead& ahead) {
     const Call& c = *work.call;
     Unit u;
     u.work = &work;
     u.c = &c;
     u.s = work.sequences + work.order[unit / c.hk];
     u.group = unit % c.hk;
+    u.index = unit;
     u.next = unit + c.threads;
+    u.expected = false;
     const bool chunked = u.s->count >= CHUNK_FROM;
     arena.reset(size_t(unit_bytes(c) + (chunked ? chunk_bytes(c) : step_bytes(c))));
     begin<IO>(u, arena);
@@ -341,7 +338,7 @@ template <class IO> static void run_unit(const Work& work, int64_t unit, Arena& 
 #else
     using Dot = DotF32;
 #endif
-    if (chunked) run_chunks<IO, Dot>(u, arena);
+    if (chunked) run_chunks<IO, Dot>(u, arena, ahead);
     else run_steps<IO>(u, arena);
 }
 
@@ -350,6 +347,7 @@ static void run(const Work& work) {
 #pragma omp parallel num_threads(int(c.threads)) if (c.threads > 1 && work.units > 1)
     {
         static thread_local Arena arena;
+        Ahead ahead;
 #if defined(__x86_64__) || defined(_M_X64)
         // A decayed state ends in subnormal numbers, a hundred times slower and below 1e-38: taken as zero.
         const unsigned mode = _mm_getcsr();
@@ -357,9 +355,9 @@ static void run(const Work& work) {
 #endif
 #pragma omp for schedule(dynamic, 1)
         for (int64_t unit = 0; unit < work.units; unit++) {
-            if (c.io == gdn::F32) run_unit<float>(work, unit, arena);
-            else if (c.io == gdn::BF16_) run_unit<BF16>(work, unit, arena);
-            else run_unit<FP16>(work, unit, arena);
+            if (c.io == gdn::F32) run_unit<float>(work, unit, arena, ahead);
+            else if (c.io == gdn::BF16_) run_unit<BF16>(work, unit, arena, ahead);
+            else run_unit<FP16>(work, unit, arena, ahead);
         }
 #if defined(__x86_64__) || defined(_M_X64)
         _mm_setcsr(mode);

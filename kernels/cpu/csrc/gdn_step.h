@@ -107,7 +107,10 @@ template <class IO> static void run_steps(const Unit& u, Arena& arena) {
     for (int64_t t0 = 0; t0 < s.count; t0 += CHUNK) {
         const int64_t n = s.count - t0 < CHUNK ? s.count - t0 : CHUNK;
         prepare<IO>(u, t0, n);
-        if (t0 + n == s.count) expect_unit(*u.work, u.next);
+        if (t0 + n == s.count) {
+            expect_unit(*u.work, u.next);
+            expect_rows(*u.work, u.next);
+        }
         for (int64_t t = 0; t < n; t++) {
             vf d = {};
             for (int64_t i = 0; i < u.kp; i += VL) d = load(u.k + t * u.kp + i) * load(u.q + t * u.kp + i) + d;

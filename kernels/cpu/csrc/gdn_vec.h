@@ -286,6 +286,25 @@ static inline vf silu(vf x, const BF16*) {
     return x * reciprocal(1.0f + vf(_mm512_scalef_ps((__m512)p, t)));
 }
 #endif
+template <class T> static inline void silu_four(vf (&x)[4], const T* kept) {
+    for (int i = 0; i < 4; i++) x[i] = silu(x[i], kept);
+}
+#if VL == 16
+static inline void silu_four(vf (&x)[4], const BF16*) {
+    __m512 t[4];
+    vf f[4], p[4];
+    for (int i = 0; i < 4; i++) t[i] = _mm512_min_ps(_mm512_set1_ps(126.0f), (__m512)(x[i] * -1.44269504088896341f));
+    for (int i = 0; i < 4; i++) f[i] = vf(_mm512_reduce_ps(t[i], 1));
+    for (int i = 0; i < 4; i++) p[i] = 1.3534167e-2f * f[i] + 5.2011464e-2f;
+    for (int i = 0; i < 4; i++) p[i] = p[i] * f[i] + 2.4144275e-1f;
+    for (int i = 0; i < 4; i++) p[i] = p[i] * f[i] + 6.9300383e-1f;
+    for (int i = 0; i < 4; i++) p[i] = p[i] * f[i] + 1.0000026f;
+    for (int i = 0; i < 4; i++) p[i] = 1.0f + vf(_mm512_scalef_ps((__m512)p[i], t[i]));
+    for (int i = 0; i < 4; i++) f[i] = vf(_mm512_rcp14_ps((__m512)p[i]));
+    for (int i = 0; i < 4; i++) p[i] = 2.0f - p[i] * f[i];
+    for (int i = 0; i < 4; i++) x[i] = x[i] * (p[i] * f[i]);
+}
+#endif
 // log(1 + e) for e >= 0 (polynomial: Cephes logf); below 1e-2 the series, where 1 + e would drop digits of e.
 static inline vf log1p_positive(vf e) {
     const vf u = 1.0f + e;

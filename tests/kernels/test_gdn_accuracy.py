@@ -40,25 +40,27 @@ def make(tokens: int, dim: int, apart: float, decay: float, write: float) -> Cal
 @pytest.mark.parametrize("name", CAN_RUN)
 @pytest.mark.parametrize("tokens", [40, 300])
 @pytest.mark.parametrize(
-    ("dim", "apart", "decay", "write"),
+    ("dim", "apart", "decay", "write", "limit"),
     [
-        (128, 0.0, -20.0, 9.0),
-        (64, 0.01, -20.0, 9.0),
-        (128, 0.3, -20.0, 9.0),
-        (64, 0.05, -20.0, 0.0),
-        (128, 3.0, -20.0, 9.0),
+        (128, 0.0, -20.0, 9.0, 3.5e-3),
+        (64, 0.01, -20.0, 9.0, 3.5e-3),
+        (128, 0.3, -20.0, 9.0, 3.5e-3),
+        (64, 0.05, -20.0, 0.0, 3.5e-3),
+        (128, 3.0, -20.0, 9.0, 3.5e-3),
+        (64, 0.3, -1.5, -1.0, 3.5e-3),
+        (64, 1.0, -20.0, -1.0, 4.5e-3),  # all in bfloat16
     ],
-    ids=["equal", "nearly equal", "alike", "half writes", "different"],
+    ids=["equal", "nearly equal", "alike", "half writes", "different", "small writes", "just tame"],
 )
 def test_nearly_equal_keys_stay_within_the_tolerance(
-    name: str, tokens: int, dim: int, apart: float, decay: float, write: float
+    name: str, tokens: int, dim: int, apart: float, decay: float, write: float, limit: float
 ) -> None:
     call = make(tokens, dim, apart, decay, write)
     want = clone_call(call)
     reference._gdn_attention(torch.float64, **want)
     got, slot = run(name, call), want["non_spec_state_indices_tensor"].long()
-    assert rms(got["core_attn_out"], want["core_attn_out"]) < 3e-3
-    assert rms(got["ssm_state"][slot], want["ssm_state"][slot]) < 3e-3
+    assert rms(got["core_attn_out"], want["core_attn_out"]) < limit
+    assert rms(got["ssm_state"][slot], want["ssm_state"][slot]) < limit
 
 
 def test_equal_keys_over_2048_tokens() -> None:

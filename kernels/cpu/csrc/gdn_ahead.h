@@ -66,7 +66,7 @@ struct Ahead {
         count = int64_t(sizeof(all) / sizeof(Piece));
         std::copy(all, all + count, pieces);
         row = s.first + t;
-        end = s.first + (s.count - t < CHUNK ? s.count : t + CHUNK);
+        end = row + chunk_tokens(s, t);
         steps = (end - row) * count;
         calls = times;
     }

@@ -1,13 +1,14 @@
-// The chunked form, 64 tokens at a time, solved directly. With G the running sum of log decays inside the chunk,
+// The chunked form, 64 tokens at a time before there is a state and 32 from then on, solved directly. With G the running sum of log decays inside the chunk,
 // D[i][j] = exp(G_i - G_j) for j <= i, A = strict_lower(beta_i (k_i . k_j) D[i][j]) and S the state [k, v] before it:
 //     (I + A) X = diag(beta) (V - diag(e^G) K S),   O = diag(e^G) Q S + lower(Q K^T * D) X,
 //     S <- e^G_last S + K^T diag(D[last]) X.
 // D is built as products of decays, row from row: no exponential of a difference, so nothing can overflow or lose digits.
 // Inside, the state is kept as [k, v] in float; operands of the products are 4-byte words: one float, or two bfloat16 that
-// are neighbours along the contracted dimension. Rounding to bfloat16 is amplified by A: where keys are nearly equal and
-// decay little, X are differences that cancel in O. The relative error of O and S is 3e-3 while the mean over rows
-// of sum_j A[i][j]^2 is below 1/4 (TAME), and reaches 5e-2 at 32, the largest possible; a head whose A is larger in some
-// chunk goes through that chunk in float, at half the speed.
+// are neighbours along the contracted dimension. Rounding A and X to bfloat16 is amplified by A: where keys are nearly equal
+// and decay little, X are differences that cancel in O. The relative error of O is 3.5e-3 at best and 4.2e-3 where the mean
+// over rows of sum_j A[i][j]^2 is 1/2 (TAME), 5e-3 at 1.5, and 1e-2 at 24. A head whose A is larger than TAME in some chunk
+// goes through that chunk with A, P, X and K^T in float, at two thirds of the speed; K S and Q S, which nothing amplifies,
+// stay in bfloat16: the error is below 3.1e-3 then.
 
 struct Chunk {
     int64_t kd, kw;             // words in a row of K and Q; K rounded up so that they fill vectors
@@ -83,7 +84,7 @@ template <class Dot> static void chunk_keys(const Unit& u, const Chunk& b, int64
     }
 }
 
-constexpr float TAME = 0.25f;
+constexpr float TAME = 0.5f;
 
 // Decays of one value head: the operands -A and P, e^G and D[last]. Returns the sum of the squares of A.
 template <class Dot> static float chunk_decays(const Chunk& b, const float* alpha, const float* beta, int64_t n, int64_t m) {
@@ -114,11 +115,12 @@ template <class Dot> static float chunk_decays(const Chunk& b, const float* alph
     return sum(squares);
 }
 
-// All that a chunk does to N vectors of columns of one value head; columns never meet.
-template <class IO, class Dot, int N>
+// All that a chunk does to N vectors of columns of one value head; columns never meet. Dot is for products with the state,
+// In for those inside the chunk.
+template <class IO, class Dot, class In, int N>
 static void chunk_columns(const Unit& u, const Chunk& b, Ahead& ahead, int64_t h, int64_t col, int64_t t0, int64_t n, int64_t m, bool has_state, bool more) {
     const Call& c = *u.c;
-    constexpr int64_t cols = N * VL, row_of_a = CHUNK / Dot::pack;
+    constexpr int64_t cols = N * VL, row_of_a = CHUNK / In::pack;
     float* state = b.state + (h * u.vp + col) * b.kw;
     float* words = Dot::pack == 1 ? state : b.state_words + (h * u.vp + col) * b.kd;
     const float *beta = u.beta + h * CHUNK, *v = u.v + h * CHUNK * u.vp + col;
@@ -130,17 +132,17 @@ static void chunk_columns(const Unit& u, const Chunk& b, Ahead& ahead, int64_t h
         for (int r = 0; r < 4; r++)
             for (int j = 0; j < N; j++)
                 x[r][j] = i + r < n ? beta[i + r] * (load(v + (i + r) * u.vp + j * VL) - b.grown[i + r] * x[r][j]) : vf{};
-        product<Dot>(x, b.a + i * row_of_a, row_of_a, b.x, cols, i / Dot::pack);
+        product<In>(x, b.a + i * row_of_a, row_of_a, b.x, cols, i / In::pack);
         const float* a = b.near + 4 * i;
         for (int j = 0; j < N; j++) {
             x[1][j] += a[4] * x[0][j];
             x[2][j] += a[8] * x[0][j] + a[9] * x[1][j];
             x[3][j] += a[12] * x[0][j] + a[13] * x[1][j] + a[14] * x[2][j];
         }
-        store_words<Dot, N>(x, b.x, i);
+        store_words<In, N>(x, b.x, i);
         for (int r = 0; r < 4; r++)
             for (int j = 0; j < N; j++) x[r][j] *= b.shrunk[i + r];
-        store_words<Dot, N>(x, b.xs, i);
+        store_words<In, N>(x, b.xs, i);
     }
     const int64_t head = u.group * u.ratio + h;
     for (int64_t i = 0; i < m; i += 4) {
@@ -151,7 +153,7 @@ static void chunk_columns(const Unit& u, const Chunk& b, Ahead& ahead, int64_t h
             for (int r = 0; r < 4; r++)
                 for (int j = 0; j < N; j++) out[r][j] *= b.grown[i + r];
         }
-        product<Dot>(out, b.p + i * row_of_a, row_of_a, b.x, cols, (i + 4) / Dot::pack);
+        product<In>(out, b.p + i * row_of_a, row_of_a, b.x, cols, (i + 4) / In::pack);
         for (int r = 0; r < 4 && i + r < n; r++) {
             IO* to = reinterpret_cast<IO*>(c.core) + u.row(t0 + i + r) * c.core_row + head * c.v + col;
             for (int j = 0; j < N; j++) store_some(to + j * VL, out[r][j], c.v - col - j * VL);
@@ -166,24 +168,23 @@ static void chunk_columns(const Unit& u, const Chunk& b, Ahead& ahead, int64_t h
     int64_t asked = 0;
     for (int64_t i = 0; i < u.kp; i += 4) {
         for (int64_t end = asked + each; asked < end && asked < bytes; asked += 64) __builtin_prefetch(kept + asked, 1);
-        ahead.ask();
         vf s[4][N] = {};
         if (has_state)
             for (int r = 0; r < 4; r++)
                 for (int j = 0; j < N; j++) s[r][j] = load(state + (i + r) * cols + j * VL) * all;
-        product<Dot>(s, b.ka + i * row_of_a, row_of_a, b.xs, cols, m / Dot::pack);
+        product<In>(s, b.ka + i * row_of_a, row_of_a, b.xs, cols, m / In::pack);
         for (int r = 0; r < 4; r++)
             for (int j = 0; j < N; j++) store(state + (i + r) * cols + j * VL, s[r][j]);
         if (Dot::pack > 1 && more) store_words<Dot, N>(s, words, i);
     }
 }
 
-template <class IO, class Dot>
+template <class IO, class Dot, class In>
 static void chunk_head(const Unit& u, const Chunk& b, Ahead& ahead, int64_t h, int64_t t0, int64_t n, int64_t m, bool has_state, bool more) {
     for (int64_t col = 0; col < u.vp;) {
         const int64_t width = columns(col, u.vp).width;
-        if (width > VL) chunk_columns<IO, Dot, TILE>(u, b, ahead, h, col, t0, n, m, has_state, more);
-        else chunk_columns<IO, Dot, 1>(u, b, ahead, h, col, t0, n, m, has_state, more);
+        if (width > VL) chunk_columns<IO, Dot, In, TILE>(u, b, ahead, h, col, t0, n, m, has_state, more);
+        else chunk_columns<IO, Dot, In, 1>(u, b, ahead, h, col, t0, n, m, has_state, more);
         col += width;
     }
 }
@@ -267,10 +268,12 @@ template <class IO, class Dot> static void run_chunks(Unit& u, Arena& arena, Ahe
     b.state = arena.take<float>(u.ratio * b.kw * u.vp);
     b.state_words = arena.take<float>(u.ratio * b.kd * u.vp);
 #if HAVE_BF16_DOT
-    Chunk exact = b;
+    // Keys and decays in float, and what a chunk with float inside and a state in bfloat16 pairs works with.
+    Chunk exact = b, mixed = b;
     if constexpr (Dot::pack > 1) {
-        exact = carve<DotF32>(u, arena);
-        exact.state = b.state;
+        mixed = exact = carve<DotF32>(u, arena);
+        mixed.kd = b.kd, mixed.kq_k = b.kq_k, mixed.kq_q = b.kq_q;
+        mixed.state = b.state, mixed.state_words = b.state_words;
         if (u.kp < b.kw) std::memset(b.state_words, 0, size_t(u.ratio * b.kd * u.vp) * 4);
     }
 #endif
@@ -284,7 +287,7 @@ template <class IO, class Dot> static void run_chunks(Unit& u, Arena& arena, Ahe
         }
     int64_t write = s.writes;
     for (int64_t t0 = 0; t0 < s.count;) {
-        int64_t n = s.count - t0 < CHUNK ? s.count - t0 : CHUNK;
+        int64_t n = chunk_tokens(s, t0);
         // A state that is asked for on the way ends a chunk.
         if (write < s.writes_end && u.work->writes[write].token < t0 + n) n = u.work->writes[write].token + 1 - t0;
         const int64_t m = up(n, 4), w = up(n, Dot::pack * VL);
@@ -292,7 +295,7 @@ template <class IO, class Dot> static void run_chunks(Unit& u, Arena& arena, Ahe
         u.expected = ahead.has(u.index, t0);
         prepare<IO>(u, t0, n);
         if (last) expect_unit(*u.work, u.next);
-        ahead.start(*u.work, last ? u.next : u.index, last ? 0 : t0 + n, u.ratio * tiles(u.vp) * (m / 2 + u.kp / 4));
+        ahead.start(*u.work, last ? u.next : u.index, last ? 0 : t0 + n, u.ratio * tiles(u.vp) * (m / 2));
         chunk_keys<Dot>(u, b, n, m, w);
         bool exact_keys = false;
         for (int64_t h = 0; h < u.ratio; h++) {
@@ -304,12 +307,11 @@ template <class IO, class Dot> static void run_chunks(Unit& u, Arena& arena, Ahe
                     if (!exact_keys) chunk_keys<DotF32>(u, exact, n, m, up(n, VL));
                     exact_keys = true;
                     chunk_decays<DotF32>(exact, alpha, beta, n, m);
-                    chunk_head<IO, DotF32>(u, exact, ahead, h, t0, n, m, has_state, !last);
-                    if (!last) state_to_words(u, b, h);
+                    chunk_head<IO, Dot, DotF32>(u, mixed, ahead, h, t0, n, m, has_state, !last);
                     continue;
                 }
 #endif
-            chunk_head<IO, Dot>(u, b, ahead, h, t0, n, m, has_state, !last);
+            chunk_head<IO, Dot, Dot>(u, b, ahead, h, t0, n, m, has_state, !last);
         }
         has_state = true;
         t0 += n;

@@ -8,9 +8,16 @@ using gdn::Sequence;
 using gdn::Work;
 using gdn::Write;
 
-constexpr int64_t CHUNK = 64;
+constexpr int64_t CHUNK = 64;  // tokens that there are buffers for
 constexpr int64_t CHUNK_FROM = 12;  // tokens from which a sequence is worth the chunked form
 constexpr float EPS = 1e-6f;
+
+// Tokens of a chunk that starts at token t. What happens inside a chunk costs its square; the update of the state after
+// it costs the same for any number. Where there is no state yet, products with it are saved.
+static inline int64_t chunk_tokens(const Sequence& s, int64_t t) {
+    const int64_t left = s.count - t, most = t > 0 || s.source >= 0 ? CHUNK / 2 : CHUNK;
+    return left <= (most < CHUNK ? CHUNK * 3 / 4 : CHUNK) ? left : most;  // no chunk of a few tokens at the end
+}
 
 static inline int64_t up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
 

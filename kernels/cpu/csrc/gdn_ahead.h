@@ -32,12 +32,10 @@ static void expect_rows(const Work& work, int64_t unit) {
 }
 
 // All that a chunk reads of the projections and writes of the outputs, asked for in small steps during the chunk before it.
-// It goes to the second-level cache: rows lie a multiple of 4 KB apart, and would push each other out of the first.
 struct Ahead {
     struct Piece {
-        char* base;
+        const char* base;
         int64_t row, bytes;
-        bool written;
     };
     const Work* work = nullptr;
     int64_t unit = -1, first = 0;  // whose chunk, and its first token
@@ -45,7 +43,7 @@ struct Ahead {
     Piece pieces[7];
     int64_t count = 0, piece = 0, steps = 0, calls = 1, due = 0;
 
-    // The chunk of `unit` that starts with token `t`, in `times` calls of `ask`.
+    // The chunk of `unit` that starts with token `t`, in `times` calls of `go_on`.
     void start(const Work& w, int64_t u, int64_t t, int64_t times) {
         work = &w, unit = u, first = t, row = end = piece = due = 0;
         if (u >= w.units) return;
@@ -56,13 +54,12 @@ struct Ahead {
         place(c, group, 0, q);
         place(c, group, 1, k);
         place(c, group, 2, v);
-        char *in = const_cast<char*>(c.qkvz), *ba = const_cast<char*>(c.ba);
         const int64_t z = c.flat ? v.in + c.hv * c.v : v.in + ratio * c.v, out = group * values;
         const int64_t gates = (c.flat ? group * ratio : 2 * group * ratio) * item, in_row = c.qkvz_row * item;
-        const Piece all[] = {{in + q.in * item, in_row, c.k * item, false}, {in + k.in * item, in_row, c.k * item, false},
-                             {in + v.in * item, in_row, values, false},     {in + z * item, in_row, values, false},
-                             {ba + gates, c.ba_row * item, 1, false},       {c.z + out, c.z_row * item, values, true},
-                             {c.core + out, c.core_row * item, values, true}};
+        const Piece all[] = {{c.qkvz + q.in * item, in_row, c.k * item}, {c.qkvz + k.in * item, in_row, c.k * item},
+                             {c.qkvz + v.in * item, in_row, values},     {c.qkvz + z * item, in_row, values},
+                             {c.ba + gates, c.ba_row * item, 1},       {c.z + out, c.z_row * item, values},
+                             {c.core + out, c.core_row * item, values}};
         count = int64_t(sizeof(all) / sizeof(Piece));
         std::copy(all, all + count, pieces);
         row = s.first + t;
@@ -70,14 +67,11 @@ struct Ahead {
         steps = (end - row) * count;
         calls = times;
     }
-    void ask() {
+    void go_on() {
         for (due += steps; due >= calls && row < end; due -= calls) {
             const Piece& p = pieces[piece];
-            char* at = p.base + (work->rows ? work->rows[row] : row) * p.row;
-            for (int64_t i = 0; i < p.bytes; i += 64) {
-                if (p.written) __builtin_prefetch(at + i, 1);
-                else __builtin_prefetch(at + i, 0, 2);
-            }
+            const char* at = p.base + (work->rows ? work->rows[row] : row) * p.row;
+            expect(at, p.bytes);
             if (++piece == count) piece = 0, row++;
         }
     }

@@ -126,7 +126,7 @@ static void chunk_columns(const Unit& u, const Chunk& b, Ahead& ahead, int64_t h
     const float *beta = u.beta + h * CHUNK, *v = u.v + h * CHUNK * u.vp + col;
     // X by forward substitution: what earlier tokens leave of the right-hand side, then the four rows among themselves.
     for (int64_t i = 0; i < m; i += 4) {
-        ahead.ask();
+        ahead.go_on();
         vf x[4][N] = {};
         if (has_state) product<Dot>(x, b.kq_k + i * b.kd, b.kd, words, cols, b.kd);
         for (int r = 0; r < 4; r++)
@@ -146,7 +146,7 @@ static void chunk_columns(const Unit& u, const Chunk& b, Ahead& ahead, int64_t h
     }
     const int64_t head = u.group * u.ratio + h;
     for (int64_t i = 0; i < m; i += 4) {
-        ahead.ask();
+        ahead.go_on();
         vf out[4][N] = {};
         if (has_state) {
             product<Dot>(out, b.kq_q + i * b.kd, b.kd, words, cols, b.kd);
@@ -167,7 +167,7 @@ static void chunk_columns(const Unit& u, const Chunk& b, Ahead& ahead, int64_t h
     const int64_t each = up(bytes / (u.kp / 4), 64);
     int64_t asked = 0;
     for (int64_t i = 0; i < u.kp; i += 4) {
-        for (int64_t end = asked + each; asked < end && asked < bytes; asked += 64) __builtin_prefetch(kept + asked, 1);
+        for (int64_t end = asked + each; asked < end && asked < bytes; asked += 64) ask(kept + asked);
         vf s[4][N] = {};
         if (has_state)
             for (int r = 0; r < 4; r++)

@@ -3,7 +3,7 @@
 // A row of the state as float, from or to the cache's dtype; what is VL rows further on will be needed next.
 template <class T> static inline void row_in(const T* from, int64_t k, float* to, int64_t kp) {
     for (int64_t i = 0; i < kp; i += VL) {
-        __builtin_prefetch(from + VL * k + i, 1);
+        ask(from + VL * k + i);
         store(to + i, load_some(from + i, k - i));
     }
 }
@@ -37,7 +37,7 @@ static inline void dots(float* const* rows, const float* k, const float* q, int6
         for (int64_t i = 0; i < kp; i += VL) {
             const vf kv = load(k + i), qv = load(q + i);
             for (int j = 0; j < ROWS; j++) {
-                __builtin_prefetch(rows[m + j] + i + ahead, 1);
+                ask(rows[m + j] + i + ahead);
                 const vf s = load(rows[m + j] + i);
                 a[j] = s * kv + a[j];
                 b[j] = s * qv + b[j];

@@ -30,6 +30,8 @@ _SECTIONS = (
 )  # fmt: skip
 _ASKED_FOR = ("alias", "jax")
 """Sections that run when they are named: they take long, or need more than torch."""
+_ROUNDS = 15
+"""At least so many per input: medians of 7 differ by a tenth from run to run where memory is the limit."""
 
 
 def add(commands: Any) -> None:
@@ -185,7 +187,7 @@ def _interleave(
 
     if device.type == "cpu":
         clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-        return interleave(calls, seconds=args.seconds, clock=clock)
+        return interleave(calls, seconds=args.seconds, rounds=_ROUNDS, clock=clock)
     wait = devices.waiter(device.type)
 
     def finished(call: Callable[[], Any]) -> None:
@@ -193,7 +195,9 @@ def _interleave(
         wait()
         del result
 
-    return interleave({name: partial(finished, call) for name, call in calls.items()}, seconds=args.seconds)
+    return interleave(
+        {name: partial(finished, call) for name, call in calls.items()}, seconds=args.seconds, rounds=_ROUNDS
+    )
 
 
 def _beside_reference(label: str, timings: dict[str, Timing]) -> Iterator[dict[str, Any]]:

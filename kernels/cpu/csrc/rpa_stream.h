@@ -54,7 +54,7 @@ inline void stream_scores(const char* const* k, int count, const float* q, int64
                           Ahead& ahead) {
   constexpr int NS = W / GT;  // K rows at once, so that the sums fill one vector
   for (int n0 = 0; n0 < count; n0 += NS) {
-    ahead.fetch(4 * NS);
+    if (!PAIRS) ahead.fetch(4 * NS);
     const char* row[NS];
     #pragma GCC unroll 16
     for (int j = 0; j < NS; ++j) row[j] = k[n0 + j < count ? n0 + j : count - 1];
@@ -64,6 +64,7 @@ inline void stream_scores(const char* const* k, int count, const float* q, int64
 #ifdef RPA_PAIRS
     for (int64_t d = 0; PAIRS && d < padded; d += 2 * W) {
       vf x[NS];
+      ahead.fetch(NS);
       #pragma GCC unroll 16
       for (int j = 0; j < NS; ++j) x[j] = read_pairs<KT>(row[j], d);
       #pragma GCC unroll 16
@@ -261,13 +262,27 @@ inline int first_rows(const RpaArgs& a, const RpaWork& then, int64_t item, const
   return count;
 }
 
-// One line of every 4 KB of the pages that hold positions from..to: by the time they are asked for in full, the processor
-// knows where they are. It takes as long to look that up in memory as to read them, and prefetches wait for it.
-inline void touch_pages(const RpaArgs& a, const Sequence& s, int64_t from, int64_t to, int64_t item) {
+// Head h's share of one line of every 4 KB of the pages that hold positions from..to: by the time they are asked for in
+// full, the processor knows where they are. It takes as long to look that up in memory as to read them, and prefetches
+// wait for it. Measured: 25 MB in random pages of 64 KB are read in 570 us this way, and in 750 us without.
+inline void touch_pages(const RpaArgs& a, int seq, int64_t from, int64_t to, int64_t item, int64_t h, int64_t heads) {
+  const Sequence s(a, seq);
   const int64_t bytes = greater(a.page_size * a.kv_position, 2 * a.kv_heads * a.kv_head) * item;
   for (int64_t page = from / a.page_size; from < to && page * a.page_size < to; ++page) {
     const char* at = static_cast<const char*>(a.kv) + s.pages[page] * a.kv_page * item;
-    for (int64_t b = 0; b < bytes; b += 4096) prefetch(at + b);
+    for (int64_t b = h * 4096; b < bytes; b += heads * 4096) prefetch(at + b);
+  }
+}
+
+// The same for the block that is computed `blocks` after the one at `position`, in this unit or in the thread's next.
+inline void touch_ahead(const RpaArgs& a, const RpaTile& t, const RpaUnit& u, const RpaWork& then, int64_t position,
+                        int64_t blocks, int64_t item, int64_t h, int64_t heads) {
+  int64_t from = position + blocks * BN;
+  if (from < u.kv1) {
+    touch_pages(a, t.seq, from, lesser(from + BN, u.kv1), item, h, heads);
+  } else if (then.unit != nullptr && rows_of(a, *then.tile) <= RPA_STREAM_ROWS) {
+    from = then.unit->kv0 + (blocks - (u.kv1 - position + BN - 1) / BN) * BN;
+    touch_pages(a, then.tile->seq, from, lesser(from + BN, then.unit->kv1), item, h, heads);
   }
 }
 
@@ -310,14 +325,22 @@ void stream_unit(const RpaArgs& a, const RpaTile& t, const RpaUnit& u, float* pa
   const char *rows[BN], *next[BN], *k[BN], *v[BN];
   int count = int(lesser(BN, u.kv1 - u.kv0));
   row_addresses(a, s, u.kv0, count, item, next);
+  for (int64_t blocks = 0; blocks < 2; ++blocks) touch_ahead(a, t, u, then, u.kv0, blocks, item, 0, 1);
   for (int64_t position = u.kv0; position < u.kv1; position += BN) {
     count = int(lesser(BN, u.kv1 - position));
     std::memcpy(rows, next, sizeof(rows));
     int ahead = int(greater(0, lesser(BN, u.kv1 - position - BN)));
     if (ahead > 0) row_addresses(a, s, position + BN, ahead, item, next);
     if (ahead == 0) ahead = first_rows(a, then, item, next);
-    touch_pages(a, s, position + 2 * BN, lesser(position + 3 * BN, u.kv1), item);
     for (int64_t h = 0; h < t.heads; ++h) {
+      touch_ahead(a, t, u, then, position, 2, item, h, t.heads);
+      // Once more for the head that is next: the processor drops some of what `Ahead` asks for while its queue is full, and
+      // asking for what has come costs little. 6% of a decode step.
+      if (h + 1 < t.heads) {
+        prefetch_rows<KT>(a, rows, count, t.head0 + h + 1);
+      } else {
+        prefetch_rows<KT>(a, next, ahead, t.head0);
+      }
       for (int n = 0; n < count; ++n) {
         k[n] = rows[n] + 2 * (t.head0 + h) * a.kv_head * item;
         v[n] = k[n] + a.kv_head * item;

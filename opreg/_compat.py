@@ -109,6 +109,15 @@ def unbatched(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def not_in_jit_trace() -> Any:
+    """Inside it torch.jit.trace records nothing. The key has no name in torch._C.DispatchKey; 2.8 to 2.13 parse it.
+
+    For what the tracer is not to see, and must not refuse: it crashes, with a segmentation fault, where the error of a
+    traced operator is caught.
+    """
+    return torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C._dispatch_key_parse("Tracer")))
+
+
 def tensor_guard(tensors: Sequence[torch.Tensor]) -> Callable[..., bool]:
     """A test whether tensors are like these, in all that Dynamo's guards look at; the same from torch 2.8 to 2.13.
 

@@ -352,6 +352,24 @@ def test_whether_a_tensor_has_a_tangent_is_asked_unseen_and_of_any_tensor(kind: 
         assert seen.functions == ["double.default"]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_whether_a_tensor_has_a_tangent_is_not_asked_of_the_tracer(kind: str) -> None:
+    """torch.jit.trace ends the process where an error of its own is caught, as it was by who asked."""
+
+    @register_op(f"t_guard_{kind}::traced_sum")
+    def traced_sum(x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+    wanted = torch.ones(3, requires_grad=True) * 1
+    traced_sum(X, X)
+    with forward_ad.dual_level():
+        for call in (traced_sum, traced_sum.overload):
+            graph = torch.jit.trace(lambda x, call=call: call(x, x), (X,), check_trace=False).graph
+            assert [node.kind() for node in graph.nodes()] == [f"t_guard_{kind}::traced_sum"]
+            with pytest.raises(RuntimeError, match="Cannot insert a Tensor that requires grad as a constant"):
+                torch.jit.trace(lambda x, call=call: call(x, wanted), (X,), check_trace=False)
+
+
 class Noted(TorchFunctionMode):
     """What a function mode gets to see."""
 

@@ -35,7 +35,7 @@ def become(awaiting: Any, made: Any) -> None:
     """Let `awaiting` be what `made` is, which nobody else may hold."""
     awaiting.__dict__.pop(_MAKE, None)
     awaiting.__dict__.update(made.__dict__)
-    awaiting.__class__ = type(made)
+    _set(awaiting, "__class__", type(made))
 
 
 def _awaiting(cls: Any) -> type:
@@ -50,7 +50,7 @@ def _awaiting(cls: Any) -> type:
                 self.__dict__[_MAKE] = make
                 raise
             if made is self:
-                self.__class__ = cls
+                _set(self, "__class__", cls)
             else:
                 become(self, made)
 

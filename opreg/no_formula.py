@@ -137,7 +137,8 @@ def tangents(op: Op, args: Sequence[Any]) -> None:
     """AutogradError for dual tensors: their tangents would be dropped, and a derivative be zero without a word."""
     if op.jvp is not None:
         return
-    with _disable_current_modes(), torch._C.DisableTorchFunction(), _compat.not_in_jit_trace():  # nobody is to see that we ask
+    # Nobody is to see that we ask.
+    with _disable_current_modes(), torch._C.DisableTorchFunction(), _compat.not_in_jit_trace():
         dual = any(_has_tangent(_compat.unbatched(tensor)) for tensor in _tensors(args))
     if dual:
         raise AutogradError(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 import typing
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import library, spellings
+from .facts import replace
 from .hints import Parameter
 
 if TYPE_CHECKING:

@@ -10,12 +10,13 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from . import devices, registry, signature
 from .errors import KernelError, RegistrationError, SignatureError, UnknownOpError, listing, nearest
+from .facts import Fact
+from .requires import split
 from .spec import REFERENCE, REFERENCE_PRIORITY, KernelSpec, kernel_name
 
 if TYPE_CHECKING:
@@ -29,8 +30,7 @@ _LOCK = threading.Lock()
 _said: set[tuple[str, str]] = set()
 
 
-@dataclass(frozen=True)
-class Decision:
+class Decision(Fact):
     """What became of one kernel: state is "used", "ready", "refused", "missing" or "other device"; why says more."""
 
     kernel: KernelSpec
@@ -41,8 +41,7 @@ class Decision:
         return f"{self.kernel.name}: {self.state}{f' ({self.why})' if self.why else ''}"
 
 
-@dataclass(frozen=True)
-class Explanation:
+class Explanation(Fact):
     """The choice for one op, device and (if given) call. `str()` is what the CLI and errors show."""
 
     op: str
@@ -153,11 +152,15 @@ def make_kernel(
     if isinstance(target, str) and (target.count(":") != 1 or not all(target.split(":"))):
         raise RegistrationError(f"{op.name}: kernel target '{target}' is not of the form 'package.module:function'")
     types = (device_types,) if isinstance(device_types, str) else device_types
+    name = REFERENCE if priority == REFERENCE_PRIORITY and types is None else kernel_name(target)
+    needed = (requires,) if isinstance(requires, str) else tuple(requires)
+    for requirement in needed:
+        split(requirement, f"kernel {name}")
     return KernelSpec(
-        name=REFERENCE if priority == REFERENCE_PRIORITY and types is None else kernel_name(target),
+        name=name,
         device_types=None if types is None else tuple(devices.check(t, op.name) for t in types),
         target=target,
-        requires=(requires,) if isinstance(requires, str) else tuple(requires),
+        requires=needed,
         why_not=why_not,
         priority=priority,
         source=target if isinstance(target, str) else signature.source_of(target),

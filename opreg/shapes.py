@@ -8,9 +8,10 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from types import CodeType
 from typing import Any, Literal
+
+from .facts import Fact
 
 Kind = Literal["name", "size", "any", "star", "expr"]
 
@@ -26,8 +27,7 @@ class Mismatch(Exception):
     """Sizes that disagree with a contract: one short cause, without op or call context."""
 
 
-@dataclass(frozen=True)
-class Dim:
+class Dim(Fact):
     """One token of a contract."""
 
     text: str
@@ -47,8 +47,7 @@ class Dim:
         return eval(self.code, {"__builtins__": {}}, dict(sizes))
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(Fact):
     """A parsed contract, e.g. Shape of "*n d"."""
 
     text: str

@@ -9,7 +9,6 @@ import inspect
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Union
 
 import torch
@@ -17,6 +16,7 @@ import torch
 from . import consistency, hints, parameter_schema, returns, spellings
 from .context import LayerNameMark
 from .errors import RegistrationError, SignatureError, nearest
+from .facts import Fact, replace
 from .hints import Parameter
 from .shapes import Shape, ShapeSyntaxError, parse
 from .spec import KINDS, REQUIRED, STARTS, ArgSpec, Like, OpSpec, ReturnSpec
@@ -27,8 +27,7 @@ _LAYER_NAMES = {"layer", "layer_name", "layer_id", "layer_idx", "layer_index", "
 _EMPTY = inspect.Parameter.empty
 
 
-@dataclass(frozen=True)
-class Hint:
+class Hint(Fact):
     """An annotation taken apart: the bare type for torch and what opreg reads from the metadata."""
 
     bare: Any

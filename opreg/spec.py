@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from .requires import lacking, split
+from .facts import Fact
+from .requires import lacking
 from .shapes import Shape
 
 KINDS = ("attention",)
@@ -34,8 +34,7 @@ class _Required:
 REQUIRED = _Required()
 
 
-@dataclass(frozen=True)
-class Like:
+class Like(Fact):
     """Output metadata: 'dtype and device of this argument'. Made by `like("q")`."""
 
     name: str
@@ -46,8 +45,7 @@ def like(name: str) -> Like:
     return Like(name)
 
 
-@dataclass(frozen=True)
-class ArgSpec:
+class ArgSpec(Fact):
     """One parameter: schema type ("Tensor", "Tensor?", "SymInt", ...), contract and role."""
 
     name: str
@@ -78,8 +76,7 @@ class ArgSpec:
         return self.type.rstrip("?").endswith("]")
 
 
-@dataclass(frozen=True)
-class ReturnSpec:
+class ReturnSpec(Fact):
     """One returned value; `shape` None means that no contract was given."""
 
     type: str
@@ -88,8 +85,7 @@ class ReturnSpec:
     name: str = ""
 
 
-@dataclass(frozen=True)
-class KernelSpec:
+class KernelSpec(Fact, apart=("source",)):
     """One way to compute an op. device_types None: every device. target: callable or "module:function"."""
 
     name: str
@@ -98,11 +94,7 @@ class KernelSpec:
     requires: tuple[str, ...] = ()
     why_not: str | Callable[..., str | None] | None = None
     priority: int = 0
-    source: str = field(default="", compare=False)
-
-    def __post_init__(self) -> None:
-        for requirement in self.requires:
-            split(requirement, f"kernel {self.name}")
+    source: str = ""
 
     def takes(self, device_type: str) -> bool:
         return self.device_types is None or device_type in self.device_types
@@ -133,16 +125,14 @@ def same_kernel(known: KernelSpec, new: KernelSpec) -> bool:
     return same and place(known.target) == place(new.target) and place(known.why_not) == place(new.why_not)
 
 
-@dataclass(frozen=True)
-class Fusion:
+class Fusion(Fact):
     """Where Inductor may see through an op (device types; None: every one), and with what priority among kernels."""
 
     device_types: tuple[str, ...] | None
     priority: int
 
 
-@dataclass(frozen=True)
-class OpSpec:
+class OpSpec(Fact):
     """What an op is: name, parameters, returns, schema, kind, tags, where it was declared."""
 
     name: str

@@ -2,7 +2,7 @@
 
 import itertools
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -197,3 +197,19 @@ def test_packages_may_be_loaded_deferred(name: str, monkeypatch: pytest.MonkeyPa
     assert torch.equal(made[0](X), X + 1)
     assert name in {op.name for op in registry.defined_ops()}
     assert not registry.is_deferred()
+
+
+class _Pair(NamedTuple):
+    first: Tensor
+    second: Tensor
+
+
+def test_every_attribute_of_the_spec_is_the_registered_one() -> None:
+    def pair(x: Tensor) -> _Pair:
+        return _Pair(x + 1, x + 2)
+
+    with registry.deferred():
+        made = register_op("t_deferred::pair")(pair)
+    assert (
+        made.spec.named is _Pair
+    )  # asked first: it has a default, which an op that is not registered yet must not show

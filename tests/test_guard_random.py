@@ -5,9 +5,7 @@ count the same writes, pass the same gradients, be recorded alike by modes, trac
 error.
 """
 
-import concurrent.futures
 import contextlib
-import gc
 import itertools
 import random
 import threading
@@ -258,8 +256,25 @@ def _versions(values: Any) -> list[int]:
     return [-1 if t.is_inference() else t._version for t in tensors]
 
 
+def _keys() -> tuple[int, int]:
+    """The dispatch keys that this thread adds to those of the tensors, and takes away."""
+    return torch._C._dispatch_tls_local_include_set().raw_repr(), torch._C._dispatch_tls_local_exclude_set().raw_repr()
+
+
 def _outcome(made: Made, call: Call, seed: int, contexts: list[str], inside: bool, transform: str) -> Any:
-    """What a call comes to, described."""
+    """What a call comes to, described, and whether it left the thread's dispatch keys other than they were.
+
+    torch 2.13 itself does that in some failing calls: `torch.mul(fake, real)` in a dual level shows the real tensor in
+    its error, asks it for a tangent, fails, and leaves autograd switched off. So the keys are put back after each call.
+    """
+    include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    with torch._C._ForceDispatchKeyGuard(include, exclude):
+        before = _keys()
+        came_to = _what_comes(made, call, seed, contexts, inside, transform)
+        return (*came_to, "keys changed" if _keys() != before else "keys kept")
+
+
+def _what_comes(made: Made, call: Call, seed: int, contexts: list[str], inside: bool, transform: str) -> Any:
     NOTES.clear()
     with warnings.catch_warnings(), contextlib.ExitStack() as stack:
         warnings.simplefilter("ignore")
@@ -322,23 +337,7 @@ def _warm(made: Made) -> None:
 
 
 def _search(label: str, seed: int, ops: int, calls: int) -> tuple[list[str], int]:
-    """The differences found, and how many calls ended well.
-
-    In a thread of its own: errors inside contexts can leave cycles that hold guards of dispatch keys, and the thread
-    that collects them gets the keys of that moment back.
-    """
-
-    def work() -> tuple[list[str], int]:
-        try:
-            return _search_here(label, seed, ops, calls)
-        finally:
-            gc.collect()
-
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        return pool.submit(work).result()
-
-
-def _search_here(label: str, seed: int, ops: int, calls: int) -> tuple[list[str], int]:
+    """The differences found, and how many calls ended well."""
     found, fine = [], 0
     rng = random.Random(seed)
     for _ in range(ops):

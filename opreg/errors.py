@@ -42,6 +42,15 @@ class ContextError(OpregError, LookupError):
     """A layer was asked for that the forward context does not hold."""
 
 
+class NotBuilt(Exception):
+    """There is no native guard to load; the text says why and what to do."""
+
+    def __init__(self, text: str, buildable: bool = False) -> None:
+        """buildable: whether `in_background` may build it."""
+        super().__init__(text)
+        self.buildable = buildable
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """' Did you mean ...?' with the closest of `names`, or '' when nothing is close."""
     known = list(names)

@@ -25,8 +25,8 @@ from torch._C import _are_functorch_transforms_active, _has_torch_function_unary
 from torch.autograd import forward_ad, profiler
 from torch.utils._python_dispatch import _disable_current_modes
 
-from . import guard_build, library
-from .errors import RegistrationError
+from . import library
+from .errors import NotBuilt, RegistrationError
 from .spec import ArgSpec, OpSpec
 
 SETTINGS = ("native", "python", "off")
@@ -58,7 +58,7 @@ def native() -> Any:
     """The native guard's module where it is built and wanted, else None. Loaded once per process, in 1 ms."""
     if not _loaded:
         _loaded.append(_load())
-    return None if isinstance(_loaded[0], (str, guard_build.NotBuilt)) else _loaded[0]
+    return None if isinstance(_loaded[0], (str, NotBuilt)) else _loaded[0]
 
 
 @contextmanager
@@ -83,7 +83,7 @@ def in_use() -> str:
 
 
 def _awaited() -> bool:
-    return isinstance(_loaded[0], guard_build.NotBuilt) and _loaded[0].buildable
+    return isinstance(_loaded[0], NotBuilt) and _loaded[0].buildable
 
 
 def count(rewrite: Callable[[], None]) -> str:
@@ -98,6 +98,8 @@ def count(rewrite: Callable[[], None]) -> str:
 
 
 def _often() -> None:
+    from . import guard_build
+
     if not LOCK.acquire(blocking=False):
         return  # another thread is at it; there will be a next time
     try:
@@ -107,7 +109,7 @@ def _often() -> None:
             if not guard_build.in_background():
                 return
             _loaded[:] = [_load()]
-        except guard_build.NotBuilt as reason:
+        except NotBuilt as reason:
             _loaded[:] = [reason]
         told = list(_waiting)
         _waiting.clear()
@@ -118,6 +120,8 @@ def _often() -> None:
 
 
 def _load() -> Any:
+    from . import guard_build  # 1 ms of `import opreg`, for processes that call no op
+
     if setting() != "native":
         return f"OPREG_GUARD={setting()}"
     try:
@@ -126,7 +130,7 @@ def _load() -> Any:
             plain, parameter = torch.empty(2), torch.nn.Parameter(torch.empty(2))
             samples = [(tensor, tensor._cdata) for tensor in (plain, parameter, plain[1:])]
         module.bind(torch.Tensor, torch.nn.Parameter, library.implementations(), vars(forward_ad), samples)
-    except guard_build.NotBuilt as reason:
+    except NotBuilt as reason:
         return reason
     return module
 

@@ -23,7 +23,7 @@ from types import ModuleType
 import torch
 
 from . import _compat
-from .errors import KernelError
+from .errors import KernelError, NotBuilt
 
 SOURCE = Path(__file__).parent / "csrc" / "guard.cpp"
 _FLAGS = ("-O2", "-fPIC", "-shared", "-Wl,-z,now")
@@ -37,15 +37,6 @@ else rm -f "$made"; mv -f "$made.log" "$failed"; fi
 """
 
 _started: dict[int, subprocess.Popen[bytes]] = {}  # by process: a forked one inherits the others' entries
-
-
-class NotBuilt(Exception):
-    """There is no native guard to load; the text says why and what to do."""
-
-    def __init__(self, text: str, buildable: bool = False) -> None:
-        """buildable: whether `in_background` may build it."""
-        super().__init__(text)
-        self.buildable = buildable
 
 
 def cache_dir() -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.library import Library
 
-from . import _compat, transforms
+from . import _compat
 from .later import become, later
 
 # The process owns every Library: a collected one takes its kernels with it and later calls crash (pytorch #115990).
@@ -168,6 +168,8 @@ def autograd(
 
     jvp: the formula for tangents, as in transforms.differentiable.
     """
+
+    from . import transforms  # few ops have a formula
 
     class Wrapped:
         """The library, in which torch registers its kernel wrapped for transforms."""

@@ -6,7 +6,6 @@ import importlib.metadata
 import importlib.util
 import os
 import re
-import shlex
 import shutil
 
 from .errors import RegistrationError
@@ -48,6 +47,8 @@ def lacking(requirement: str) -> str | None:
 def _no_compiler() -> str | None:
     if os.environ.get("OPREG_NO_BUILD", "") not in ("", "0"):
         return "to be built with a C++ compiler, and OPREG_NO_BUILD is set"
+    import shlex
+
     wanted = shlex.split(os.environ.get("CXX", ""))[:1]
     names = wanted or ["g++", "c++", "clang++"]
     if any(shutil.which(name) for name in names):

@@ -210,6 +210,5 @@ def test_every_attribute_of_the_spec_is_the_registered_one() -> None:
 
     with registry.deferred():
         made = register_op("t_deferred::pair")(pair)
-    assert (
-        made.spec.named is _Pair
-    )  # asked first: it has a default, which an op that is not registered yet must not show
+    # Asked first: it has a default, which an op that is not registered yet must not show.
+    assert made.spec.named is _Pair

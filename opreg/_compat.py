@@ -97,9 +97,11 @@ def enter_fake(qualname: str, fn: Callable[..., Any], source: str) -> Callable[.
     if entry is None:
         entry = entries[qualname] = _Entry(qualname)
     entry.fake_impl.kernels.append(torch._library.utils.Kernel(fn, source))
-    return lambda *args, **kwargs: torch._library.fake_impl.construct_meta_kernel(qualname, entry.fake_impl)(
-        *args, **kwargs
-    )
+    return functools.partial(_on_meta, qualname, entry.fake_impl)
+
+
+def _on_meta(qualname: str, fakes: Any, *args: Any, **kwargs: Any) -> Any:
+    return torch._library.fake_impl.construct_meta_kernel(qualname, fakes)(*args, **kwargs)
 
 
 def unbatched(tensor: torch.Tensor) -> torch.Tensor:

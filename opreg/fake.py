@@ -156,11 +156,23 @@ def _warn_of_mode(op: Op) -> None:
 _running_body = threading.local()
 
 
-def make_fake(op: Op) -> Callable[..., Any]:
-    """The function given to torch as fake: checks the contract, then makes the outputs. Looked up late, so that
+class Fake:
+    """What torch is given as fake of an op: checks the contract, then makes the outputs. Looked up late, so that
     register_fake may come after the op was defined."""
 
-    def fake(args: tuple[Any, ...]) -> Any:
+    __slots__ = ("_gathered", "op")
+
+    def __init__(self, op: Op) -> None:
+        self.op = op
+        self._gathered: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._gathered is None:
+            self._gathered = self.op.gather(self._made)  # 30 us, paid by ops that are traced
+        return self._gathered(*args, **kwargs)
+
+    def _made(self, args: tuple[Any, ...]) -> Any:
+        op = self.op
         op.traced = True
         lowering.install_if_inductor(op)
         fusion.install_if_inductor(op)
@@ -192,12 +204,3 @@ def make_fake(op: Op) -> Callable[..., Any]:
             return op.call_with(op.body, args)
         finally:
             _running_body.op = None
-
-    gathered: list[Callable[..., Any]] = []
-
-    def at_first(*args: Any, **kwargs: Any) -> Any:
-        if not gathered:
-            gathered.append(op.gather(fake))  # 30 us, paid by ops that are traced
-        return gathered[0](*args, **kwargs)
-
-    return at_first

@@ -23,6 +23,7 @@ class Parameter(NamedTuple):
     default: Any
 
 
+_new = tuple.__new__  # what the class itself does, 0.2 us later
 _PLACE, _KEYWORD = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
 _OTHER_KINDS = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
 
@@ -37,11 +38,13 @@ def parameters(fn: Callable[..., Any]) -> dict[str, Parameter]:
     count, names, empty = code.co_argcount, code.co_varnames, inspect.Parameter.empty
     given = fn.__defaults__ or ()
     defaults = (*(empty,) * (count - len(given)), *given)
-    made = {name: Parameter(name, _PLACE, default) for name, default in zip(names, defaults, strict=False)}
+    made = {name: _new(Parameter, (name, _PLACE, default)) for name, default in zip(names, defaults, strict=False)}
     for name in names[count : count + code.co_kwonlyargcount]:
         made[name] = Parameter(name, _KEYWORD, (fn.__kwdefaults__ or {}).get(name, empty))
     return made
 
+
+_BUILTIN = {kind.__name__: kind for kind in (int, float, bool, str)}
 
 # Annotations that mean what they are: typing.get_type_hints was seen to return them unchanged.
 _SETTLED: set[Any] = {None, torch.Tensor, int, float, bool, str, torch.dtype, torch.device}
@@ -50,7 +53,7 @@ _SETTLED: set[Any] = {None, torch.Tensor, int, float, bool, str, torch.dtype, to
 def type_hints(fn: Callable[..., Any], local: dict[str, Any] | None) -> dict[str, Any]:
     """The annotations by parameter, with text and forward references evaluated; `None` may stand for its type."""
     evaluated = {
-        name: eval(_parsed(hint), fn.__globals__, local) if isinstance(hint, str) else hint
+        name: _evaluate(hint, fn.__globals__, local) if isinstance(hint, str) else hint
         for name, hint in fn.__annotations__.items()
     }
     try:
@@ -71,6 +74,15 @@ def _settle(hint: Any) -> None:
         _SETTLED.add(hint)
     except TypeError:  # Annotated with something inside that has no hash
         return
+
+
+def _evaluate(text: str, names: dict[str, Any], local: dict[str, Any] | None) -> Any:
+    if local is None:  # most annotations are one name
+        if text in names:
+            return names[text]
+        if text in _BUILTIN:
+            return _BUILTIN[text]
+    return eval(_parsed(text), names, local)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -31,6 +31,9 @@ from .errors import DuplicateOpError, RegistrationError, SignatureError
 from .op_function import Inputs, OpFunction, P, R
 from .spec import REFERENCE, REFERENCE_PRIORITY, Fusion, KernelSpec, OpSpec, same_kernel
 
+_LOCK = threading.RLock()
+"""Held while an op's kernels change."""
+
 
 class Op(Generic[P, R]):
     """One registered operator: its frozen spec and what was added to it since."""
@@ -54,7 +57,6 @@ class Op(Generic[P, R]):
         self.inputs: Inputs | None = None
         self.tolerances: dict[torch.dtype, tuple[float, str]] = {}
         self.forced_somewhere = 0
-        self._lock = threading.Lock()
         if spec.has_body:
             self.kernels.append(KernelSpec(REFERENCE, None, body, (), None, REFERENCE_PRIORITY, spec.source))
 
@@ -71,7 +73,7 @@ class Op(Generic[P, R]):
             ) from None
         self.calls = call.Calls(self, public)
         library.implement(self.name, self.calls.entry)
-        self.calls.on_meta = library.enter_fake(self.name, fake.make_fake(self), self.spec.source)
+        self.calls.on_meta = library.enter_fake(self.name, fake.Fake(self), self.spec.source)
         xla_writes.catch(self)
         self.function = cast(OpFunction[P, R], self.calls.public)
         self._dress(self.calls.public)
@@ -114,7 +116,7 @@ class Op(Generic[P, R]):
 
     def force(self, change: int) -> None:
         """Count of active use_kernel blocks; runners are rebuilt when it leaves or reaches zero."""
-        with self._lock:
+        with _LOCK:
             before = self.forced_somewhere
             self.forced_somewhere += change
             if bool(before) != bool(self.forced_somewhere):
@@ -162,7 +164,7 @@ class Op(Generic[P, R]):
             select.check_signature(self, f"kernel {kernel.name}", target)
         if callable(why_not) and not select.asked_once(why_not):
             select.check_signature(self, f"why_not of kernel {kernel.name}", why_not)
-        with self._lock:
+        with _LOCK:
             known = next((k for k in self.kernels if k.name == kernel.name), None)
             if known is not None:
                 if same_kernel(known, kernel):

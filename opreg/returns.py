@@ -61,7 +61,21 @@ def _fields(front: Front, made: Any) -> dict[str, Any]:
     return {field: hints[field] for field in made._fields}
 
 
+_READ: dict[Any, ReturnSpec] = {}
+"""What annotations of returned values say."""
+
+
 def _value(front: Front, element: Any, parameter: str, place: str, name: str = "") -> ReturnSpec:
+    try:
+        known = _READ.get((element, name))
+    except TypeError:  # an annotation that has no hash
+        return _read_value(front, element, parameter, place, name)
+    if known is None:
+        known = _READ[element, name] = _read_value(front, element, parameter, place, name)
+    return known
+
+
+def _read_value(front: Front, element: Any, parameter: str, place: str, name: str) -> ReturnSpec:
     part = front.take_apart(parameter, element)
     if part.bare not in _TYPES or part.as_tuple:
         plain = isinstance(part.bare, type) and not typing.get_args(part.bare)  # list[int] is a type to Python 3.10

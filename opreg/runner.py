@@ -277,5 +277,5 @@ def _fills(spec: OpSpec) -> list[str]:
 
 def _zero_outputs(op: Op, args: tuple[Any, ...]) -> Any:
     """Outputs of a functional layer op in a profiling run: zeros of the shapes its fake gives."""
-    made = op.call_with(fake.make_fake(op), args)
+    made = op.call_with(fake.Fake(op), args)
     return tree_map_only(torch.Tensor, torch.Tensor.zero_, made)

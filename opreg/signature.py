@@ -211,12 +211,13 @@ def read_op(
         arg, text = _known_parameter(front, parameter, evaluated, starts)
         args.append(arg)
         written.append(text)
-    if sum(arg.layer for arg in args) > 1:
+    if len([arg for arg in args if arg.layer]) > 1:
         raise RegistrationError(f"{name}: more than one LayerName parameter; an op belongs to one layer")
-    if kind == "attention" or any(arg.mutated for arg in args):
+    if kind == "attention" or starts:
         # A layer that is written to keeps a cache, as a rule; only an op that merely returns something may be pure.
         args = [replace(arg, mutated=arg.mutated or arg.layer) for arg in args]
-    consistency.check_starts(name, args)
+    if starts:
+        consistency.check_starts(name, args)
     results, returns_tuple, named = returns.read(front, evaluated)
     consistency.check_names(name, args, results)
     consistency.check_effect(name, args, results)
@@ -260,7 +261,8 @@ def _known_parameter(
     """_read_parameter, 5 us the first time and 1 us when the like was read before."""
     name, kind, default = parameter
     # The repr tells 0.0 from -0.0 and (1,) from (True,), the annotation's type None from a missing one.
-    key = (name, kind, type(default), repr(default), evaluated.get(name, Ellipsis), starts.get(name, Ellipsis))
+    given = None if default is _EMPTY else (type(default), repr(default))
+    key = (name, kind, given, evaluated.get(name, Ellipsis), starts.get(name, Ellipsis))
     try:
         known = _READ.get(key)
     except TypeError:  # an annotation that has no hash

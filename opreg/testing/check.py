@@ -242,7 +242,7 @@ class Checker(OneCall):
         op = self.op
         problem = fakes.check_unbacked(op, call)
         if problem is None and fake.fake_source(op) in ("register_fake", "body"):
-            problem = fakes.check_pinned(op, fake.make_fake(op), call, "the fake")
+            problem = fakes.check_pinned(op, fake.Fake(op), call, "the fake")
         for name, predicate in fakes.predicates(op, self.device):
             problem = problem or fakes.check_pinned(op, predicate, call, f"why_not of kernel {name}")
         self.tally.record("symbolic", where, problem)

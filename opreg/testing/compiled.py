@@ -198,7 +198,7 @@ def check_one_graph(op: Op[Any, Any], call: Call) -> str | None:
     counter = CompileCounterWithBackend("aot_eager")
 
     def make_outputs(args: tuple[Any, ...]) -> Any:
-        made = op.call_with(fake.make_fake(op), args)
+        made = op.call_with(fake.Fake(op), args)
         return tuple(made) if isinstance(made, list) else made
 
     # A float argument would make torch trace twice to learn that it may stay a number.

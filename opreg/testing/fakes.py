@@ -105,7 +105,7 @@ def check_device(op: Op[Any, Any], call: Call) -> str | None:
     with process.kept(), mode, torch.no_grad():
         args = _convert(plain, elsewhere, detach=False)
         try:
-            made = tensors_of(op.call_with(fake.make_fake(op), args))
+            made = tensors_of(op.call_with(fake.Fake(op), args))
         except Exception as error:  # a fake may raise anything
             return _mixed(error)
         wrong = next((i for i, tensor in enumerate(made) if tensor.device.type == "cpu"), None)
@@ -208,7 +208,7 @@ def check_unbacked(op: Op[Any, Any], call: Call) -> str | None:
 
         args = [symbolic(*triple) for triple in zip(op.spec.args, call.args, marks, strict=True)]
         try:
-            op.call_with(fake.make_fake(op), tuple(args))
+            op.call_with(fake.Fake(op), tuple(args))
         except Exception as error:  # the fake is the author's; what it raises is reported below
             return _guard(error, source)
     return None

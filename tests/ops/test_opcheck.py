@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from opreg import library, registry
-from opreg.fake import bind, make_fake
+from opreg.fake import Fake, bind
 from opreg.op import Op
 from opreg.testing.samples import Call, registered_calls, restore_state, tensors_of
 
@@ -106,7 +106,7 @@ def test_one_graph_for_many_sizes(op: Op[Any, Any], request: pytest.FixtureReque
 
 def make_outputs(op: Op[Any, Any], args: tuple[Any, ...]) -> Any:
     """What the fake says, as real zeros."""
-    made = op.call_with(make_fake(op), args)
+    made = op.call_with(Fake(op), args)
     return tuple(made) if isinstance(made, list) else made
 
 

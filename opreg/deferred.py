@@ -40,15 +40,17 @@ class Recorded:
     Few objects on purpose: each that stays costs the garbage collector 0.2 us in the long run.
     """
 
-    __slots__ = ("calls", "failed", "make", "op", "public", "told")
+    __slots__ = ("calls", "failed", "make", "op", "overload", "public", "told")
+
+    calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]]
+    failed: BaseException
 
     def __init__(self, cls: type, name: str, fn: Callable[..., Any], make: Callable[..., Any], told: Any) -> None:
-        """make(op, public, *told) registers."""
-        self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] | None = None
-        self.failed: BaseException | None = None
+        """make(op, public, *told) registers; the name comes first in `told`."""
         self.make = make
         self.told = told
         self.op = op = later(cls, self)
+        self.overload = later(torch._ops.OpOverload, self)
         # No __name__: Dynamo would look for these in the module of that name.
         names = {"__builtins__": builtins, "_op": op, "_name": name, "_define": _define}
         self.public = public = FunctionType(_CODE, names, fn.__name__)
@@ -59,7 +61,7 @@ class Recorded:
             "op": op,
             "name": name,
             "spec": later(OpSpec, self),
-            "overload": library.await_overload(name, op),
+            "overload": self.overload,
             "register_kernel": self.register_kernel,
             "register_fake": self.register_fake,
             "register_autograd": self.register_autograd,
@@ -73,10 +75,12 @@ class Recorded:
         }
 
     def __call__(self, asked: Any) -> Any:
-        """What somebody looks at, the op or its spec: register it, and then what was recorded for it."""
+        """What somebody looks at, the op, its spec or its OpOverload: register it, and then what was recorded."""
+        if asked is self.overload:
+            return library.overload(self.public.name)  # type: ignore[attr-defined]
         if asked is not self.op:
             return self.op.spec
-        if self.failed is not None:
+        if hasattr(self, "failed"):
             raise self.failed
         try:
             self.make(self.op, self.public, *self.told)
@@ -84,23 +88,25 @@ class Recorded:
             place = source_of(self.public.__wrapped__)  # type: ignore[attr-defined]
             error.args = (f"{error} (recorded at {place}, registered now)",)
             raise
-        calls, self.calls, told, self.told = self.calls or [], None, self.told, None
+        name, self.told = self.told[0], None
         try:
-            for method, args, kwargs in calls:
+            for method, args, kwargs in getattr(self, "calls", ()):
                 getattr(self.op, method)(*args, **kwargs)
         except BaseException as error:
             # torch has the operator now, and cannot forget it; what was wrong is said to all who come after.
             self.failed = error
             self.public.__code__ = _CODE
             self.op.__dict__.clear()
-            library.await_overload(told[0], self.op)
+            library.record(name, self)
             raise
+        if hasattr(self, "calls"):
+            del self.calls
         return self.op
 
     def _record(self, result: Any, method: str, *args: Any, **kwargs: Any) -> Any:
         with LOCK:
             if self.told is not None:
-                self.calls = [*(self.calls or ()), (method, args, kwargs)]
+                self.calls = [*getattr(self, "calls", ()), (method, args, kwargs)]
                 return result
         return getattr(self.op, method)(*args, **kwargs)
 

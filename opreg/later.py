@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -23,7 +23,7 @@ def later(cls: type[T], make: Callable[[Any], T]) -> T:
     """
     made: Any = _new(_CLASSES.get(cls) or _awaiting(cls))
     _set(made, _MAKE, make)  # without the instance's __dict__, which Python makes when it is first asked for
-    return cast(T, made)
+    return made  # type: ignore[no-any-return]
 
 
 def is_awaiting(value: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.library import Library
@@ -56,7 +56,7 @@ class _Namespace(torch._ops._OpNamespace):
 
 _AWAITING: dict[str, torch._ops.OpOverload] = {}
 _WATCHED: set[str] = set()  # namespaces that are of the class above
-_RECORDED: dict[str, Any] = {}  # ops that have only been recorded (deferred.py), and are defined by a look at one
+_RECORDED: dict[str, Recorded] = {}  # ops that have only been recorded, and are defined by a look at one
 _DEFINED: set[str] = torch.library._defs
 _IMPLEMENTED: set[str] = torch.library._impls
 
@@ -79,35 +79,49 @@ def define(qualname: str, schema: str, tags: Sequence[torch.Tag] = ()) -> torch.
     _DEFINED.add(qualname)
     if which or met:
         return overload(qualname)
-    _RECORDED.pop(qualname, None)
-    return _AWAITING.get(qualname) or _await(qualname)
+    recorded = _RECORDED.pop(qualname, None)
+    if recorded is not None:
+        made = recorded.overload
+    else:
+        _watch(namespace)
+        made = later(torch._ops.OpOverload, functools.partial(_looked_at, qualname))
+    _AWAITING[qualname] = made
+    return made
 
 
-def _await(qualname: str) -> torch._ops.OpOverload:
-    namespace = qualname.partition("::")[0]
+def _watch(namespace: str) -> None:
+    """See looks at `torch.ops.ns.op` of operators that torch has made no objects for."""
     if namespace not in _WATCHED:
         ops = getattr(torch.ops, namespace)
         if type(ops) is torch._ops._OpNamespace:
             ops.__class__ = _Namespace
         _WATCHED.add(namespace)
-    made = _AWAITING[qualname] = later(torch._ops.OpOverload, functools.partial(_looked_at, qualname))
-    return made
 
 
 def _looked_at(qualname: str, _: Any) -> torch._ops.OpOverload:
     return overload(qualname)
 
 
-def await_overload(qualname: str, op: Any) -> torch._ops.OpOverload:
-    """The OpOverload of an operator that is defined when it or `op` is first looked at, here or in torch.ops."""
-    _RECORDED[qualname] = op
-    return _await(qualname)
+class Recorded(Protocol):
+    """An op that is registered when its `op` is looked at, by `torch.ops.ns.op` as well; `overload` will be its
+    OpOverload."""
+
+    op: Any
+    overload: torch._ops.OpOverload
+
+
+def record(qualname: str, recorded: Recorded) -> None:
+    """Let a look at torch.ops register the op."""
+    _RECORDED[qualname] = recorded
+    namespace = qualname.partition("::")[0]
+    if namespace not in _WATCHED:
+        _watch(namespace)
 
 
 def define_recorded(qualname: str) -> bool:
     """Define an operator that has only been recorded."""
     recorded = _RECORDED.get(qualname)
-    return recorded is None or recorded.calls is not None
+    return recorded is None or recorded.op.calls is not None
 
 
 def overload(qualname: str) -> torch._ops.OpOverload:

@@ -363,6 +363,7 @@ def _register(
     if registry.is_deferred():
         recorded = deferred.Recorded(Op, qualname, fn, _make, told)
         if registry.record(qualname, recorded.op):
+            library.record(qualname, recorded)
             return recorded.public
     return _make(object.__new__(Op), None, *told).function
 

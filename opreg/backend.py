@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from opreg import _compat
@@ -25,6 +25,7 @@ from opreg.backend_sizes import Compile, SizeError, Variant, compile_variant, di
 from opreg.cudagraph_device import DEVICES, Device
 from opreg.cudagraphs import Captures
 from opreg.errors import OpregError, listing, nearest
+from opreg.garbage import rare_collections
 from opreg.graph import SplitGraph, split_graph
 from opreg.graph_lift import Lifted
 from opreg.graph_ops import value_of
@@ -32,7 +33,6 @@ from opreg.graph_report import Report
 
 log = logging.getLogger("opreg")
 OPTIONS = ("inner", "split_on", "sizes", "ranges", "cudagraphs")
-_COLLECT_AFTER = 100_000
 _REPORTS: deque[Report] = deque(maxlen=64)
 
 
@@ -102,11 +102,13 @@ def opreg_backend(gm: GraphModule, example_inputs: Sequence[Any], options: Mappi
         if compiler is compile_piece:
             # Inductor's own CUDA graphs would be recorded inside of ours.
             return compile_piece(module, values, checked=index not in unsure, own_graphs=recording is None)
+        # A compiler may keep `module.forward`, which should then be the module's code and not what writes it.
+        _LazyGraphModule.force_recompile(module)
         run: Callable[..., Any] = compiler(module, values)
         return run
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_rare_collections())
+        stack.enter_context(rare_collections())
         if compiler is compile_piece:
             stack.enter_context(kernels_built_together())
             stack.enter_context(modules_checked())
@@ -122,23 +124,6 @@ def opreg_backend(gm: GraphModule, example_inputs: Sequence[Any], options: Mappi
     for note in report.notes:
         log.warning("%s", note)
     return run
-
-
-@contextlib.contextmanager
-def _rare_collections() -> Iterator[None]:
-    """Inside, Python collects cyclic garbage after 100,000 new objects instead of 700.
-
-    Compiling makes objects by the hundred thousand, and what they set off is a collection of all that torch ever made:
-    0.3 s of the 1 s in which three pieces are compiled."""
-    usual = gc.get_threshold()
-    if usual[0] == 0 or usual[0] >= _COLLECT_AFTER:
-        yield  # the user chose to collect as rarely, or not at all
-        return
-    gc.set_threshold(_COLLECT_AFTER, *usual[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*usual)
 
 
 def _as_it_is(module: GraphModule, values: Sequence[Any]) -> Callable[..., Any]:

@@ -38,27 +38,6 @@ def _returns_argument(node: Any) -> bool:
     )
 
 
-def _shares(node: Any, other: Any) -> bool:
-    """Whether two nodes' values share storage; by fake values, or by the op's name where there are none."""
-    mine, theirs = value_of(node), value_of(other)
-    if mine is None or theirs is None:
-        source = node.kwargs.get("out", node.args[0] if node.args else None)
-        return source is other and (_is_view(node) or _returns_argument(node))
-    return not storages(mine).isdisjoint(storages(theirs))
-
-
-def _parent(node: Any) -> Any:
-    """The node whose storage this node's value shares, or None for the tensor that owns it."""
-    if node.op not in ("call_function", "call_method", "call_module"):
-        return None
-    out = node.kwargs.get("out")
-    for arg in [out] if isinstance(out, Node) else node.all_input_nodes:
-        if _shares(node, arg):
-            # An element of a tuple of fresh tensors owns its storage; an element of a tuple of views does not.
-            return None if _is_tuple(arg) and _parent(arg) is None else arg
-    return None
-
-
 def _is_tuple(node: Any) -> bool:
     value = value_of(node)
     if value is not None:
@@ -71,19 +50,6 @@ def _name(node: Any) -> str:
     return name_of(node.target).rpartition("::")[2].partition(".")[0]
 
 
-def _members(root: Any) -> list[Any]:
-    """All nodes whose value shares the storage of `root`, in the order found."""
-    found = {root: None}
-    stack = [root]
-    while stack:
-        node = stack.pop()
-        for user in node.users:
-            if user not in found and user.op != "output" and _shares(user, node):
-                found[user] = None
-                stack.append(user)
-    return list(found)
-
-
 class _Classes:
     """Roots, and the chain of views from the root, of nodes that share storage; each node is looked at once."""
 
@@ -91,11 +57,50 @@ class _Classes:
         # node -> (root, chain, same): chain is a linked list (rest, view) or None, False when it cannot be made again;
         # same is the earlier node that stands for the same tensor.
         self.known: dict[Any, tuple[Any, Any, Any]] = {}
+        # node -> identities of the storages of its value, None where the graph has no value for it.
+        self._storages: dict[Any, frozenset[int] | None] = {}
+
+    def _storages_of(self, node: Any) -> frozenset[int] | None:
+        if node not in self._storages:
+            value = value_of(node)
+            self._storages[node] = None if value is None else storages(value)
+        return self._storages[node]
+
+    def shares(self, node: Any, other: Any) -> bool:
+        """Whether two nodes' values share storage; by fake values, or by the op's name where there are none."""
+        mine, theirs = self._storages_of(node), self._storages_of(other)
+        if mine is None or theirs is None:
+            source = node.kwargs.get("out", node.args[0] if node.args else None)
+            return source is other and (_is_view(node) or _returns_argument(node))
+        return not mine.isdisjoint(theirs)
+
+    def parent(self, node: Any) -> Any:
+        """The node whose storage this node's value shares, or None for the tensor that owns it."""
+        if node.op not in ("call_function", "call_method", "call_module"):
+            return None
+        out = node.kwargs.get("out")
+        for arg in [out] if isinstance(out, Node) else node.all_input_nodes:
+            if self.shares(node, arg):
+                # An element of a tuple of fresh tensors owns its storage; an element of a tuple of views does not.
+                return None if _is_tuple(arg) and self.parent(arg) is None else arg
+        return None
+
+    def members(self, root: Any) -> list[Any]:
+        """All nodes whose value shares the storage of `root`, in the order found."""
+        found = {root: None}
+        stack = [root]
+        while stack:
+            node = stack.pop()
+            for user in node.users:
+                if user not in found and user.op != "output" and self.shares(user, node):
+                    found[user] = None
+                    stack.append(user)
+        return list(found)
 
     def find(self, node: Any) -> tuple[Any, Any, Any]:
         path: list[Any] = []
         while node not in self.known:
-            parent = _parent(node)
+            parent = self.parent(node)
             if parent is None:
                 self.known[node] = (node, None, node)
                 break
@@ -122,7 +127,7 @@ def replay_views(plan: Plan) -> None:
             if root in done:
                 continue
             done.add(root)
-            members = _members(root)
+            members = classes.members(root)
             crossing = [m for m in members if plan.elsewhere(m)]
             if len(crossing) < 2:
                 continue

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import Graph, GraphModule, Node
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from opreg import registry
 from opreg.graph_key import Keys
@@ -29,7 +30,7 @@ def build_piece(keys: Keys, piece: Piece, root: Any, shared: bool) -> GraphModul
     for node in piece.inputs:
         name = f"lifted_{len(made)}" if isinstance(node, Lifted) else _identifier(node.name)
         made[node] = new = graph.placeholder(name)
-        new.meta = dict(node.meta)
+        new.meta.update(node.meta)
         if shared:
             # It says that an input's address never changes; a piece that several layers share gets the weights of each.
             new.meta.pop("tensor_dict", None)
@@ -57,13 +58,18 @@ def build_piece(keys: Keys, piece: Piece, root: Any, shared: bool) -> GraphModul
             target, given = piece.lifts[step]
             args = tuple(given.get(i, a) for i, a in enumerate(args))
             kwargs = {k: given.get(k, a) for k, a in kwargs.items()}
-        new = graph.create_node(step.op, target, arg(args), arg(kwargs), step.name)
-        new.meta = dict(step.meta)
+        new = graph.create_node(step.op, target, None, None, step.name)
+        # Given to create_node, arguments are first searched for symbols, which takes longer than making the node.
+        new.args = arg(args)
+        if kwargs:
+            new.kwargs = arg(kwargs)
+        new.meta.update(step.meta)
         if step.op in ("call_module", "get_attr"):
             owned[str(step.target)] = keys.attribute(step.target)
         made[step] = new
     graph.output(tuple(made[n] for n in piece.exports))
-    module = GraphModule(_Owner(owned), graph, class_name=f"Piece{piece.index}")
+    # Its Python code is written when it is first called; Inductor needs none, and writing it takes the longest.
+    module = _LazyGraphModule(_Owner(owned), graph, class_name=f"Piece{piece.index}")
     module.meta.update(getattr(root, "meta", {}))
     return module
 

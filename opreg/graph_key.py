@@ -10,6 +10,7 @@ import torch
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import GraphModule, Node
 
+from opreg.graph_meta import constant, meta_key, symbols_in
 from opreg.graph_ops import OpFacts, name_of, storages, value_of
 from opreg.graph_plan import Piece, Plan, Step
 
@@ -17,10 +18,11 @@ from opreg.graph_plan import Piece, Plan, Step
 class Mark:
     """A token that equals nothing but itself, so that no constant of a graph can be mistaken for structure."""
 
-    __slots__ = ("text",)
+    __slots__ = ("at", "text")
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, at: int = 0) -> None:
         self.text = text
+        self.at = at
 
     def __repr__(self) -> str:
         return self.text
@@ -35,8 +37,20 @@ _INPUT: list[Mark] = []
 def _marks(kept: list[Mark], letter: str, count: int) -> list[Mark]:
     """Marks are shared by all keys ever made in this process: `%3` in one piece equals `%3` in another."""
     while len(kept) < count:
-        kept.append(Mark(f"{letter}{len(kept)}"))
+        kept.append(Mark(f"{letter}{len(kept)}", len(kept)))
     return kept
+
+
+class Body:
+    """The calls of a piece and the metadata of its inputs; pieces of one graph that agree in them have the same object,
+    so that keys are compared without looking at the calls again."""
+
+    __slots__ = ("digest", "metas", "tokens")
+
+    def __init__(self, tokens: tuple[Any, ...], metas: tuple[Any, ...]) -> None:
+        self.tokens = tokens
+        self.metas = metas
+        self.digest = ""
 
 
 class Keys:
@@ -46,24 +60,28 @@ class Keys:
         self.plan = plan
         self.root = root
         self.needed: set[Any] = set()
+        self._bodies: dict[Any, Body] = {}
         self._metas: dict[Any, Any] = {}
         self._facts: dict[Any, bool] = {}
         self._symbols: dict[Any, tuple[set[Any], set[Any]]] = {}
+        self._writers = {plan.piece_of.get(node) for node, _ in plan.mutations}
 
     def run(self) -> None:
         """Fill `inputs`, `exports` and `key` of every piece."""
-        pieces = self.plan.pieces
-        drafts = [self._draft(piece) for piece in pieces]
-        self.outside([self.plan.output.args] if self.plan.output is not None else [], self.plan.tail)
-        needed = self.needed
-        writers = {self.plan.piece_of.get(node) for node, _ in self.plan.mutations}
-        for piece, (tokens, holes, metas, local) in zip(pieces, drafts, strict=True):
-            if piece.index in writers and not piece.split:
-                # A compiler treats inputs that share storage apart where one of them is written.
-                metas.append(_shared(piece.inputs))
-            piece.exports = [s for s in piece.steps if s in needed and self.plan.piece_of.get(s) == piece.index]
-            ends = tuple([local[s] for s in piece.exports])
-            piece.key = (tuple(tokens), tuple(metas), ends, tuple(holes))
+        plan = self.plan
+        drafts = [self._draft(piece) for piece in plan.pieces]
+        self.outside([plan.output.args] if plan.output is not None else [], plan.tail)
+        exports: list[list[Any]] = [[] for _ in drafts]
+        home_of = plan.piece_of
+        for node in self.needed:
+            home = home_of.get(node)
+            if home is not None:
+                exports[home].append(node)
+        for piece, (body, holes, known), found in zip(plan.pieces, drafts, exports, strict=True):
+            if len(found) > 1:
+                found.sort(key=lambda node: known[node].at)
+            piece.exports = found
+            piece.key = (body, tuple([known[node] for node in found]), holes)
 
     def outside(self, values: Iterable[Any], tail: Iterable[Any]) -> None:
         """Mark what the graph's output, and the views made again for it, need from the pieces."""
@@ -92,35 +110,31 @@ class Keys:
                     return known
         return node
 
-    def _draft(self, piece: Piece) -> tuple[list[Any], list[Any], list[Any], dict[Any, int]]:
+    def _draft(self, piece: Piece) -> tuple[Body, tuple[Any, ...], dict[Any, Mark]]:
         tokens: list[Any] = []
         holes: list[Any] = []
-        local: dict[Any, int] = {}
-        inputs: dict[Any, int] = {}
-        here = _marks(_LOCAL, "%", len(piece.steps) + 1)
-        add = tokens.append
-        needed, cross = self.needed, self.cross
+        known: dict[Any, Mark] = {}
+        inputs: list[Any] = []
+        here = _marks(_LOCAL, "%", len(piece.steps))
+        add, token_of = tokens.append, known.get
+        facts = self._facts
 
         def walk(arg: Any) -> None:
-            if isinstance(arg, Node | Step):
-                at = local.get(arg)
-                if at is not None:
-                    add(here[at])
-                    return
-                at = inputs.get(arg)
-                if at is None:
-                    other = cross(arg)
+            kind = type(arg)
+            if kind is Node or kind is Step:
+                token = token_of(arg)
+                if token is None:
+                    other = self.cross(arg)
                     if other is not arg:
                         walk(other)
                         return
-                    at = inputs[arg] = len(inputs)
-                    needed.add(arg)
-                add(_INPUT[at] if at < len(_INPUT) else _marks(_INPUT, "<", at + 1)[at])
-                return
-            kind = type(arg)
-            if kind is int or kind is str or arg is None:
+                    at = len(inputs)
+                    token = known[arg] = _INPUT[at] if at < len(_INPUT) else _marks(_INPUT, "<", at + 1)[at]
+                    inputs.append(arg)
+                add(token)
+            elif kind is int or kind is str or arg is None:
                 add(arg)
-            elif kind is tuple or kind is list or isinstance(arg, tuple | list):
+            elif isinstance(arg, tuple | list):
                 add(LIST if isinstance(arg, list) else TUPLE)
                 for a in arg:
                     walk(a)
@@ -142,8 +156,7 @@ class Keys:
             else:
                 add(constant(arg))
 
-        facts = self._facts
-        for i, step in enumerate(piece.steps):
+        for step, mark in zip(piece.steps, here, strict=False):
             op, target = step.op, step.target
             if op == "call_function":
                 add(target)
@@ -159,9 +172,9 @@ class Keys:
             custom = facts.get(target)
             if custom is None:
                 custom = self.is_custom(step)
-            args, kwargs = step.args, step.kwargs
+            kwargs = step._kwargs
             if custom:
-                for at, a in [*enumerate(args), *kwargs.items()]:
+                for at, a in [*enumerate(step._args), *kwargs.items()]:
                     if type(at) is str:
                         add(at)
                     # Constants of registered ops are kept apart: where only they differ, they can become inputs.
@@ -172,20 +185,34 @@ class Keys:
                     else:
                         walk(a)
             else:
-                for a in args:
-                    walk(a)
+                for a in step._args:
+                    # What walk() would do, for what almost all arguments are: values of this piece, and numbers.
+                    if type(a) is Node and (token := token_of(a)) is not None:
+                        add(token)
+                    elif type(a) is int:
+                        add(a)
+                    else:
+                        walk(a)
                 if kwargs:
                     add(KWARGS)
                     for k, a in kwargs.items():
                         add(k)
                         walk(a)
             add(CALL)
-            local[step] = i
+            known[step] = mark
+        self.needed.update(inputs)
         if self.plan.symbols and not piece.split:
-            for node in self._unbound(inputs):
-                inputs[node] = len(inputs)
-        piece.inputs = list(inputs)
-        return tokens, holes, [] if piece.split else [self.meta(n) for n in inputs], local
+            inputs += self._unbound(inputs)
+        piece.inputs = inputs
+        metas = [] if piece.split else [self.meta(n) for n in inputs]
+        if piece.index in self._writers and not piece.split:
+            # A compiler treats inputs that share storage apart where one of them is written.
+            metas.append(_shared(inputs))
+        content = (tuple(tokens), tuple(metas))
+        body = self._bodies.get(content)
+        if body is None:
+            body = self._bodies[content] = Body(*content)
+        return body, tuple(holes), known
 
     def _unbound(self, inputs: Iterable[Any]) -> list[Any]:
         """Placeholders of symbols that inputs' sizes use and none of them is: a compiler could not solve for them."""
@@ -197,7 +224,8 @@ class Keys:
                 found = self._symbols[node] = symbols_in(value_of(node))
             bound |= found[0]
             free |= found[1]
-        return sorted({self.plan.symbols[s] for s in free - bound if s in self.plan.symbols}, key=lambda n: n.name)
+        found_for = {self.plan.symbols[s] for s in free - bound if s in self.plan.symbols}
+        return sorted(found_for.difference(inputs), key=lambda n: n.name)
 
     def is_custom(self, step: Any) -> bool:
         """Whether a step calls an operator that is not torch's own."""
@@ -229,69 +257,8 @@ def _shared(inputs: Iterable[Any]) -> tuple[int, ...]:
     found: list[int] = []
     for i, node in enumerate(inputs):
         owners = storages(value_of(node))
-        found.append(first.setdefault(owners.pop(), i) if len(owners) == 1 else i)
+        found.append(first.setdefault(next(iter(owners)), i) if len(owners) == 1 else i)
     return tuple(found)
-
-
-def meta_key(value: Any) -> Any:
-    """Dtype, device, sizes (symbols by name), strides and what else a compiler may specialise on, of one value."""
-    if isinstance(value, torch.Tensor):
-        if value.layout != torch.strided:
-            return (type(value), value.dtype, value.device, value.layout, _sizes(value.shape), value.requires_grad)
-        return (
-            type(value),
-            value.dtype,
-            value.device,
-            _sizes(value.shape),
-            _sizes(value.stride()),
-            _sizes((value.storage_offset(),)),
-            value.requires_grad,
-        )
-    if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
-        return _size(value.node.expr) if isinstance(value, torch.SymInt) else (type(value), str(value.node.expr))
-    return constant(value)
-
-
-def _sizes(sizes: Iterable[Any]) -> tuple[Any, ...]:
-    return tuple([s if type(s) is int else _size(s.node.expr) for s in sizes])
-
-
-def _size(expr: Any) -> Any:
-    # A SymInt may hold a plain number; it means the same as the int.
-    return int(expr) if expr.is_number else str(expr)
-
-
-def symbols_in(value: Any) -> tuple[set[Any], set[Any]]:
-    """Symbols that are a size by themselves, and all symbols in sizes and strides."""
-    if isinstance(value, torch.Tensor):
-        shape: Iterable[Any] = value.shape
-        sizes = [s.node.expr for s in shape if isinstance(s, torch.SymInt)]
-        if not sizes:
-            return set(), set()
-        strides = [s.node.expr for s in _strides(value) if isinstance(s, torch.SymInt)]
-    elif isinstance(value, torch.SymInt):
-        sizes, strides = [value.node.expr], []
-    else:
-        return set(), set()
-    return {e for e in sizes if e.is_symbol}, set().union(*(e.free_symbols for e in sizes + strides))
-
-
-def _strides(value: torch.Tensor) -> Iterable[Any]:
-    return value.stride() if value.layout == torch.strided else ()
-
-
-def constant(value: Any) -> Any:
-    """A hashable token that is equal only for constants that mean the same."""
-    kind = type(value)
-    if kind in (bool, float, complex):
-        return (kind, repr(value))
-    if isinstance(value, torch.Tensor | torch.nn.Module):
-        return (kind, id(value))
-    try:
-        hash(value)
-    except TypeError:
-        return (kind, id(value))
-    return (kind, value)
 
 
 def module_key(value: Any) -> Any:
@@ -356,4 +323,7 @@ def _text(token: Any) -> str:
 
 def digest(key: Any) -> str:
     """A name for a piece that is the same in every process."""
-    return hashlib.sha256(_text(key).encode()).hexdigest()[:16]
+    body, ends, holes = key
+    if not body.digest:
+        body.digest = hashlib.sha256(_text((body.tokens, body.metas)).encode()).hexdigest()
+    return hashlib.sha256((body.digest + _text((ends, holes))).encode()).hexdigest()[:16]

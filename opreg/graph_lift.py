@@ -14,7 +14,8 @@ import torch
 from torch._ops import OpOverload, OpOverloadPacket
 
 from opreg import library
-from opreg.graph_key import Mark, constant, meta_key
+from opreg.graph_key import Mark
+from opreg.graph_meta import constant, meta_key
 from opreg.graph_ops import name_of, value_of
 from opreg.graph_plan import Piece, Plan
 
@@ -60,10 +61,10 @@ def lift_constants(plan: Plan, fake: Callable[[torch.Tensor], Any]) -> list[str]
     groups: dict[Any, list[Piece]] = {}
     for piece in plan.pieces:
         if not piece.split and piece.spots:
-            groups.setdefault(piece.key[:3], []).append(piece)
+            groups.setdefault(piece.key[:2], []).append(piece)
     lines: list[str] = []
     for pieces in groups.values():
-        holes = [piece.key[3] for piece in pieces]
+        holes = [piece.key[2] for piece in pieces]
         differing = [i for i in range(len(holes[0])) if any(h[i] != holes[0][i] for h in holes)]
         if differing:
             reason = _obstacle(pieces, differing)
@@ -128,8 +129,8 @@ def _lift(pieces: list[Piece], differing: list[int], fake: Callable[[torch.Tenso
             piece.lifts[piece.spots[spots[0]][0]] = (target, given)
         lines.append(f"{', '.join(names)} of {name_of(node.target)} in {len(pieces)} pieces like {pieces[0].index}")
     for piece in pieces:
-        tokens, metas, ends, holes = piece.key
-        piece.key = (tokens, metas, ends, tuple(LIFTED if i in differing else h for i, h in enumerate(holes)))
+        body, ends, holes = piece.key
+        piece.key = (body, ends, tuple(LIFTED if i in differing else h for i, h in enumerate(holes)))
     return lines
 
 

@@ -67,9 +67,22 @@ def name_of(target: Any) -> str:
 class OpFacts:
     """Facts about one target, found once and kept: `for node in graph` must not ask torch for anything."""
 
-    __slots__ = ("arith", "custom", "enter", "exit", "factory", "kind", "level", "mutates", "size", "tuple_view")
+    __slots__ = (
+        "arith",
+        "custom",
+        "enter",
+        "exit",
+        "factory",
+        "kind",
+        "level",
+        "mutates",
+        "plain",
+        "size",
+        "split",
+        "tuple_view",
+    )
 
-    def __init__(self, op: str, target: Any) -> None:
+    def __init__(self, op: str, target: Any, split: bool = False) -> None:
         name = name_of(target).rpartition("::")[2].partition(".")[0] if op != "call_module" else ""
         torchish = True
         if isinstance(target, OpOverload | OpOverloadPacket):
@@ -94,6 +107,18 @@ class OpFacts:
             or name in CHECKS
         )
         self.kind = CHEAP if cheap and not self.mutates else COMPUTE
+        # Whether the graph is split at calls of it.
+        self.split = split
+        # Most nodes: computes, and nothing of the above has to be looked at again for a single node.
+        self.plain = self.kind == COMPUTE and not (
+            split
+            or self.arith
+            or self.mutates
+            or self.tuple_view
+            or self.level
+            or target is operator.getitem
+            or target is getattr
+        )
 
 
 def schema_of(target: Any) -> torch._C.FunctionSchema | None:
@@ -141,14 +166,17 @@ def value_of(node: Any) -> Any:
     return meta["example_value"] if "example_value" in meta else meta.get("val")
 
 
-def storages(value: Any) -> set[int]:
+_NONE: frozenset[int] = frozenset()
+
+
+def storages(value: Any) -> frozenset[int]:
     """Identities of the storages of a fake value, a tuple's elements included."""
     if isinstance(value, torch.Tensor):
         # Sparse and opaque layouts have no storage; they have no views either.
-        return {value.untyped_storage()._cdata} if value.layout == torch.strided else set()
+        return frozenset((value.untyped_storage()._cdata,)) if value.layout == torch.strided else _NONE
     if isinstance(value, tuple | list) and not isinstance(value, torch.Size):
-        return set().union(*(storages(v) for v in value))
-    return set()
+        return _NONE.union(*(storages(v) for v in value))
+    return _NONE
 
 
 def _known_names() -> list[str]:

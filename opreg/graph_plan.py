@@ -12,20 +12,31 @@ from torch.fx import Graph, GraphModule, Node
 from opreg.graph_alias import replay_views
 from opreg.graph_ops import CHEAP, COMPUTE, ITEM, SET_GRAD, SPLIT, OpFacts, keyword_mutation, value_of
 
+_TUPLES = frozenset([tuple, list])
+
 
 class Step:
     """A call the splitter adds itself; has the attributes of an fx Node that key and build read."""
 
-    __slots__ = ("args", "kwargs", "meta", "name", "op", "target", "users")
+    # As in a Node, `args` is a property over a slot; passes over all nodes read the slot, at a fifth of the cost.
+    __slots__ = ("_args", "_kwargs", "meta", "name", "op", "target", "users")
 
     def __init__(self, name: str, target: Any, args: tuple[Any, ...]) -> None:
         self.op = "call_function"
         self.name = name
         self.target = target
-        self.args = args
-        self.kwargs: dict[str, Any] = {}
+        self._args = args
+        self._kwargs: dict[str, Any] = {}
         self.meta: dict[str, Any] = {}
         self.users: dict[Any, None] = {}
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        return self._args
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        return self._kwargs
 
 
 class Piece:
@@ -124,111 +135,127 @@ def make_plan(graph: Graph, targets: Mapping[Any, str]) -> Plan:
 def _assign(plan: Plan, targets: Mapping[Any, str]) -> None:
     """Give every node a piece, in one pass, keeping the order of the graph."""
     facts_of: dict[Any, OpFacts] = {}
-    module_facts = OpFacts("call_module", None)
     pieces, piece_of = plan.pieces, plan.piece_of
     pending: list[Any] = []
     waiting: set[Any] = set()
+    scalars: set[Any] = set()
     current: Piece | None = None
     level = 0
-    getitem = operator.getitem
-    scalars: set[Any] = set()
     for node in plan.graph.nodes:
         op = node.op
-        if op == "placeholder":
-            plan.placeholders.append(node)
-            value = value_of(node)
-            if isinstance(value, torch.SymInt) and value.node.expr.is_symbol:
-                plan.symbols.setdefault(value.node.expr, node)
-            continue
-        if op == "output":
-            plan.output = node
-            continue
-        if op == "get_attr":
-            if isinstance(value_of(node), torch.nn.Module) or _attribute_is_module(plan.graph, node):
-                plan.modules.append(node)
-            continue
-        target = node.target
-        if op == "call_module":
-            facts = module_facts
-        else:
-            found = facts_of.get(target)
-            if found is None:
-                facts = facts_of[target] = OpFacts(op, target)
-            else:
-                facts = found
-        if target in targets and op != "call_module":
-            kind = SPLIT
-            plan.matched.add(targets[target])
-        elif target is getitem:
-            kind = _kind_of_getitem(plan, node, waiting)
-        elif target is getattr:
-            facts = OpFacts("call_method", node.args[1])
+        meta = node.meta
+        value = meta.get("example_value")
+        if value is None:
+            value = meta.get("val")
+        if op == "call_function" or op == "call_method":
+            target = node.target
+            facts = facts_of.get(target)
+            if facts is None:
+                facts = facts_of[target] = OpFacts(op, target, target in targets)
+                if facts.split:
+                    plan.matched.add(targets[target])
+            kwargs = node._kwargs
             kind = facts.kind
-        else:
-            kind = facts.kind
-            if facts.arith:
-                value = value_of(node)
-                scalar = (
-                    not isinstance(value, torch.Tensor)
-                    if value is not None
-                    else all(n in scalars for n in node.all_input_nodes)
-                )
-                if scalar:
-                    kind = CHEAP
-                    scalars.add(node)
-        if kind == CHEAP and facts.size:
-            scalars.add(node)
-            plan.sizes.append(node)
-        elif kind == CHEAP and target is getitem and node.args[0] in scalars:
-            scalars.add(node)
-        if facts.mutates is not None:
-            plan.mutations.append((node, facts.mutates(node)))
-        elif node.kwargs and ("out" in node.kwargs or "inplace" in node.kwargs):
-            written = keyword_mutation(node)
-            if written:
-                plan.mutations.append((node, written))
-                kind = COMPUTE if kind == CHEAP else kind
-        if facts.enter or facts.exit or target is SET_GRAD:
-            plan.regions.append(node)
-        if level or facts.level:
-            if kind == SPLIT:
-                plan.notes.append(f"{node.name}: not split at, because it runs inside a torch.func transform")
-            kind = COMPUTE
-            level += facts.level
-
-        if facts.tuple_view or type(value_of(node)) in (tuple, list):
-            plan.tuples.append(node)
-        if kind == ITEM:
-            producer = node.args[0]
-            home = piece_of.get(producer)
-            if home is None:
+            # Almost every node is an ordinary one, for which this line is all.
+            if not facts.plain or level or (kwargs and ("out" in kwargs or "inplace" in kwargs)):
+                kind = _kind(plan, node, value, facts, waiting, scalars, facts_of, level)
+                level += facts.level
+            if type(value) in _TUPLES:
+                plan.tuples.append(node)
+            if kind == ITEM:
+                home = piece_of.get(node.args[0])
+                if home is not None:
+                    piece_of[node] = home
+                    pieces[home].nodes.append(node)
+                    continue
+                kind = CHEAP
+            if kind == CHEAP:
                 pending.append(node)
                 waiting.add(node)
-            else:
-                piece_of[node] = home
-                pieces[home].nodes.append(node)
+                continue
+            split = kind == SPLIT
+        elif op == "placeholder":
+            plan.placeholders.append(node)
+            if type(value) is torch.SymInt and value.node.expr.is_symbol:
+                plan.symbols.setdefault(value.node.expr, node)
             continue
-        if kind == CHEAP:
-            pending.append(node)
-            waiting.add(node)
+        elif op == "get_attr":
+            if isinstance(value, torch.nn.Module) or isinstance(_attribute(plan.graph, node), torch.nn.Module):
+                plan.modules.append(node)
             continue
-        split = kind == SPLIT
+        elif op == "output":
+            plan.output = node
+            continue
+        else:
+            split = False
+            if type(value) in _TUPLES:
+                plan.tuples.append(node)
+            if node.args and getattr(_attribute(plan.graph, node), "inplace", False) is True:
+                plan.mutations.append((node, [node.args[0]]))
         if current is None or current.split != split:
             # Cheap nodes before a splitting piece go with what precedes them; with nothing before, they follow.
             if pending and current is not None and not current.split:
                 _settle(pending, waiting, current, piece_of)
             current = Piece(len(pieces), split)
             pieces.append(current)
+            nodes, index = current.nodes, current.index
         if pending:
             _settle(pending, waiting, current, piece_of)
-        current.nodes.append(node)
-        piece_of[node] = current.index
+        nodes.append(node)
+        piece_of[node] = index
     if pending:
         if current is None:
             # Nothing but cheap nodes: they run as they are, in one piece that is not compiled.
             current = Piece(0, True)
             pieces.append(current)
         _settle(pending, waiting, current, piece_of)
+
+
+def _kind(
+    plan: Plan,
+    node: Any,
+    value: Any,
+    facts: OpFacts,
+    waiting: set[Any],
+    scalars: set[Any],
+    facts_of: dict[Any, OpFacts],
+    level: int,
+) -> int:
+    """The class of a call that is not an ordinary one; what else the plan must know of it is noted there."""
+    target = node.target
+    kind = SPLIT if facts.split else facts.kind
+    tuple_view = facts.tuple_view
+    if facts.split:
+        pass
+    elif target is operator.getitem:
+        kind = _kind_of_getitem(plan, node, waiting)
+        if kind == CHEAP and node.args[0] in scalars:
+            scalars.add(node)
+    elif target is getattr:
+        name = node.args[1]
+        facts = facts_of.get((getattr, name)) or facts_of.setdefault((getattr, name), OpFacts("call_method", name))
+        kind, tuple_view = facts.kind, facts.tuple_view
+    elif facts.arith and (
+        not isinstance(value, torch.Tensor) if value is not None else all(n in scalars for n in node.all_input_nodes)
+    ):
+        kind = CHEAP
+        scalars.add(node)
+    if kind == CHEAP and facts.size:
+        scalars.add(node)
+        plan.sizes.append(node)
+    if tuple_view and type(value) not in _TUPLES:
+        plan.tuples.append(node)
+    written = facts.mutates(node) if facts.mutates is not None else keyword_mutation(node)
+    if facts.mutates is not None or written:
+        plan.mutations.append((node, written))
+        kind = COMPUTE if kind == CHEAP else kind
+    if facts.enter or facts.exit or target is SET_GRAD:
+        plan.regions.append(node)
+    if level or facts.level:
+        if kind == SPLIT:
+            plan.notes.append(f"{node.name}: not split at, because it runs inside a torch.func transform")
+        kind = COMPUTE
+    return kind
 
 
 def _settle(pending: list[Any], waiting: set[Any], piece: Piece, piece_of: dict[Any, int]) -> None:
@@ -239,18 +266,17 @@ def _settle(pending: list[Any], waiting: set[Any], piece: Piece, piece_of: dict[
     waiting.clear()
 
 
-def _attribute_is_module(graph: Graph, node: Node) -> bool:
+def _attribute(graph: Graph, node: Node) -> Any:
+    """What a get_attr or call_module node names, or None."""
     owner: Any = graph.owning_module
     for part in str(node.target).split("."):
         owner = getattr(owner, part, None)
-    return isinstance(owner, torch.nn.Module)
+    return owner
 
 
 def _note_inner_splits(plan: Plan, node: Node, targets: Mapping[Any, str]) -> None:
     """A sub-graph (a checkpointed layer, a branch of cond) is one call: what is inside runs where the call runs."""
-    owner: Any = plan.graph.owning_module
-    for part in str(node.target).split("."):
-        owner = getattr(owner, part, None)
+    owner = _attribute(plan.graph, node)
     if not isinstance(owner, GraphModule):
         return
     inside = {targets[n.target] for n in owner.graph.nodes if n.op == "call_function" and n.target in targets}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,8 +109,8 @@ class Report:
 
 def why(mine: Any, other: Any, index: int) -> str:
     """Why the piece with key `mine` is not the same as piece `index` with key `other`."""
-    tokens, metas, ends, holes = mine
-    tokens2, metas2, ends2, holes2 = other
+    (body, ends, holes), (body2, ends2, holes2) = mine, other
+    tokens, metas, tokens2, metas2 = body.tokens, body.metas, body2.tokens, body2.metas
     prefix = f"differs from {index}"
     if len(tokens) != len(tokens2):
         return f"{prefix}: {_calls(tokens)} ops, not {_calls(tokens2)}"
@@ -133,9 +134,11 @@ def why(mine: Any, other: Any, index: int) -> str:
 
 def distance(mine: Any, other: Any) -> int:
     """How unlike two keys are, roughly; used to choose which earlier piece to explain a piece by."""
-    if len(mine[0]) != len(other[0]):
-        return 1000 + abs(len(mine[0]) - len(other[0]))
-    return sum(a != b for part, part2 in zip(mine, other, strict=True) for a, b in zip(part, part2, strict=False))
+    (body, *rest), (body2, *rest2) = mine, other
+    if len(body.tokens) != len(body2.tokens):
+        return 1000 + abs(len(body.tokens) - len(body2.tokens))
+    parts = zip((body.tokens, body.metas, *rest), (body2.tokens, body2.metas, *rest2), strict=True)
+    return sum(a != b for part, part2 in parts for a, b in zip(part, part2, strict=False))
 
 
 def _calls(tokens: Any) -> int:
@@ -150,8 +153,10 @@ def _shown(token: Any) -> str:
 
 def _meta(meta: Any) -> str:
     if isinstance(meta, tuple) and len(meta) == 7:
-        _, dtype, device, shape, stride, _, grad = meta
+        kind, dtype, device, shape, stride, _, grad = meta
         sizes = ", ".join(str(s) for s in shape)
         text = f"{str(dtype).removeprefix('torch.')}[{sizes}] strides {stride} on {device}"
+        if isinstance(kind, tuple):
+            text = f"{kind[0].__name__} {textwrap.shorten(str(kind[1]), 60)} of {text}"
         return f"{text} with gradient" if grad else text
     return str(meta)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from opreg import RegistrationError, _compat, forward_context, ops, register_op
+from opreg.backend import last_report
 
 HIDDEN, HEADS, KV_HEADS, DIM, TOKENS, PAGE = 32, 4, 2, 8, 6, 4
 
@@ -124,7 +125,7 @@ def worker(rank: int, store: str, which: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{store}")
     mesh = init_device_mesh("cpu", (2,))
-    for model in (paged, gdn, functional):
+    for model in (paged, gdn, functional, placed):
         torch.manual_seed(0)
         with torch.no_grad():
             model(rank, mesh, which)
@@ -208,6 +209,30 @@ def functional(rank: int, mesh: Any, which: str) -> None:
         assert isinstance(got, DTensor)
         assert got.placements == (Shard(1),)
         torch.testing.assert_close(got.full_tensor(), want)
+
+
+def placed(rank: int, mesh: Any, which: str) -> None:
+    """Pieces that differ in nothing but how a weight is placed are not the same piece."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    weight = torch.randn(8, 8)
+    x = distribute_tensor(torch.randn(8, 8), mesh, [Replicate()])
+    rows, columns = (distribute_tensor(weight, mesh, [Shard(dim)]) for dim in (0, 1))
+
+    def run(*weights: Any) -> Any:
+        y = x
+        for w in weights:
+            y = torch.sin(torch.tanh(y @ w))
+        return y
+
+    inner = which if _compat.compiles_pieces_of_dtensors() else "eager"
+    torch._dynamo.reset()
+    split = torch.compile(run, fullgraph=True, backend="opreg", options={"inner": inner, "split_on": ["aten::sin"]})
+    want = run(columns, rows, columns, rows)
+    got = split(columns, rows, columns, rows)
+    assert got.placements == want.placements
+    torch.testing.assert_close(got.full_tensor(), want.full_tensor())
+    assert any("DTensor ((Shard(dim=" in piece.why_distinct for piece in last_report().pieces)
 
 
 @pytest.mark.parametrize("which", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

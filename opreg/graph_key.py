@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch._ops import OpOverload, OpOverloadPacket
+from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 
-from opreg.graph_meta import constant, meta_key, symbols_in
+from opreg.graph_meta import constant, fake_key, meta_key, symbols_in
 from opreg.graph_ops import OpFacts, name_of, storages, value_of
 from opreg.graph_plan import Piece, Plan, Step
 
@@ -18,11 +19,10 @@ from opreg.graph_plan import Piece, Plan, Step
 class Mark:
     """A token that equals nothing but itself, so that no constant of a graph can be mistaken for structure."""
 
-    __slots__ = ("at", "text")
+    __slots__ = ("text",)
 
-    def __init__(self, text: str, at: int = 0) -> None:
+    def __init__(self, text: str) -> None:
         self.text = text
-        self.at = at
 
     def __repr__(self) -> str:
         return self.text
@@ -37,7 +37,7 @@ _INPUT: list[Mark] = []
 def _marks(kept: list[Mark], letter: str, count: int) -> list[Mark]:
     """Marks are shared by all keys ever made in this process: `%3` in one piece equals `%3` in another."""
     while len(kept) < count:
-        kept.append(Mark(f"{letter}{len(kept)}", len(kept)))
+        kept.append(Mark(f"{letter}{len(kept)}"))
     return kept
 
 
@@ -45,12 +45,19 @@ class Body:
     """The calls of a piece and the metadata of its inputs; pieces of one graph that agree in them have the same object,
     so that keys are compared without looking at the calls again."""
 
-    __slots__ = ("digest", "metas", "tokens")
+    __slots__ = ("_digest", "metas", "tokens")
 
     def __init__(self, tokens: tuple[Any, ...], metas: tuple[Any, ...]) -> None:
         self.tokens = tokens
         self.metas = metas
-        self.digest = ""
+        self._digest = ""
+
+    @property
+    def digest(self) -> str:
+        """A name that is the same in every process."""
+        if not self._digest:
+            self._digest = hashlib.sha256(_text((self.tokens, self.metas)).encode()).hexdigest()
+        return self._digest
 
 
 class Keys:
@@ -61,7 +68,9 @@ class Keys:
         self.root = root
         self.needed: set[Any] = set()
         self._bodies: dict[Any, Body] = {}
-        self._metas: dict[Any, Any] = {}
+        self._kind_of: dict[Any, int] = {}
+        self._kinds: list[Any] = []
+        self._numbers: dict[Any, int] = {}
         self._facts: dict[Any, bool] = {}
         self._symbols: dict[Any, tuple[set[Any], set[Any]]] = {}
         self._writers = {plan.piece_of.get(node) for node, _ in plan.mutations}
@@ -77,11 +86,13 @@ class Keys:
             home = home_of.get(node)
             if home is not None:
                 exports[home].append(node)
-        for piece, (body, holes, known), found in zip(plan.pieces, drafts, exports, strict=True):
-            if len(found) > 1:
-                found.sort(key=lambda node: known[node].at)
-            piece.exports = found
-            piece.key = (body, tuple([known[node] for node in found]), holes)
+        for piece, (body, holes), found in zip(plan.pieces, drafts, exports, strict=True):
+            # To keep the places of all nodes from the drafts would cost more than to look these few up again.
+            steps = piece.steps
+            at = steps.index if len(found) < 5 else {step: i for i, step in enumerate(steps)}.__getitem__
+            places = sorted([at(node) for node in found])
+            piece.exports = [steps[i] for i in places]
+            piece.key = (body, tuple([_LOCAL[i] for i in places]), holes)
 
     def outside(self, values: Iterable[Any], tail: Iterable[Any]) -> None:
         """Mark what the graph's output, and the views made again for it, need from the pieces."""
@@ -110,22 +121,36 @@ class Keys:
                     return known
         return node
 
-    def _draft(self, piece: Piece) -> tuple[Body, tuple[Any, ...], dict[Any, Mark]]:
-        tokens: list[Any] = []
-        holes: list[Any] = []
-        known: dict[Any, Mark] = {}
+    def _draft(self, piece: Piece) -> tuple[Body, tuple[Any, ...]]:
         inputs: list[Any] = []
-        here = _marks(_LOCAL, "%", len(piece.steps))
-        add, token_of = tokens.append, known.get
-        facts = self._facts
+        holes: list[Any] = []
+        tokens = self._tokens(piece, inputs, holes)
+        self.needed.update(inputs)
+        if self.plan.symbols and not piece.split:
+            inputs += self._unbound(inputs)
+        piece.inputs = inputs
+        kinds = () if piece.split else tuple([self._kind(n) for n in inputs])
+        # A compiler treats inputs that share storage apart where one of them is written.
+        shared = _shared(inputs) if piece.index in self._writers and not piece.split else None
+        content = (tokens, kinds, shared)
+        body = self._bodies.get(content)
+        if body is None:
+            metas = [self._kinds[kind] for kind in kinds]
+            body = self._bodies[content] = Body(tokens, (*metas, *([] if shared is None else [shared])))
+        return body, tuple(holes)
+
+    def _tokens(self, piece: Piece, inputs: list[Any], holes: list[Any]) -> tuple[Any, ...]:
+        """What the piece calls; what goes in is appended to `inputs`, and constants of registered ops to `holes`."""
+        tokens: list[Any] = []
+        known: dict[Any, Mark] = {}
+        add, token_of, facts = tokens.append, known.get, self._facts
 
         def walk(arg: Any) -> None:
             kind = type(arg)
             if kind is Node or kind is Step:
                 token = token_of(arg)
                 if token is None:
-                    other = self.cross(arg)
-                    if other is not arg:
+                    if arg.op != "placeholder" and (other := self.cross(arg)) is not arg:
                         walk(other)
                         return
                     at = len(inputs)
@@ -156,7 +181,7 @@ class Keys:
             else:
                 add(constant(arg))
 
-        for step, mark in zip(piece.steps, here, strict=False):
+        for step, mark in zip(piece.steps, _marks(_LOCAL, "%", len(piece.steps)), strict=False):
             op, target = step.op, step.target
             if op == "call_function":
                 add(target)
@@ -200,19 +225,7 @@ class Keys:
                         walk(a)
             add(CALL)
             known[step] = mark
-        self.needed.update(inputs)
-        if self.plan.symbols and not piece.split:
-            inputs += self._unbound(inputs)
-        piece.inputs = inputs
-        metas = [] if piece.split else [self.meta(n) for n in inputs]
-        if piece.index in self._writers and not piece.split:
-            # A compiler treats inputs that share storage apart where one of them is written.
-            metas.append(_shared(inputs))
-        content = (tuple(tokens), tuple(metas))
-        body = self._bodies.get(content)
-        if body is None:
-            body = self._bodies[content] = Body(*content)
-        return body, tuple(holes), known
+        return tuple(tokens)
 
     def _unbound(self, inputs: Iterable[Any]) -> list[Any]:
         """Placeholders of symbols that inputs' sizes use and none of them is: a compiler could not solve for them."""
@@ -240,14 +253,17 @@ class Keys:
             owner = getattr(owner, part)
         return owner
 
-    def meta(self, node: Any) -> Any:
-        """What a compiler may specialise on in one input."""
-        found = self._metas.get(node)
+    def _kind(self, node: Any) -> int:
+        """A number for what a compiler may specialise on in one input, so that little is kept of a graph's many."""
+        found = self._kind_of.get(node)
         if found is None:
             value = value_of(node)
             if value is None and node.op == "get_attr":
                 value = self.attribute(node.target)
-            found = self._metas[node] = meta_key(value)
+            meta = fake_key(value) if type(value) is FakeTensor else meta_key(value)
+            found = self._kind_of[node] = self._numbers.setdefault(meta, len(self._kinds))
+            if found == len(self._kinds):
+                self._kinds.append(meta)
         return found
 
 
@@ -324,6 +340,4 @@ def _text(token: Any) -> str:
 def digest(key: Any) -> str:
     """A name for a piece that is the same in every process."""
     body, ends, holes = key
-    if not body.digest:
-        body.digest = hashlib.sha256(_text((body.tokens, body.metas)).encode()).hexdigest()
     return hashlib.sha256((body.digest + _text((ends, holes))).encode()).hexdigest()[:16]

@@ -19,10 +19,17 @@ def meta_key(value: Any) -> Any:
     return constant(value)
 
 
+def fake_key(value: Any) -> Any:
+    """meta_key of a plain FakeTensor, which is what nearly all values are."""
+    if value._has_symbolic_sizes_strides or value.layout is not torch.strided:
+        return _tensor_key(value)
+    offset = (value.storage_offset(),)
+    return FakeTensor, value.dtype, value.fake_device, value.shape, value.stride(), offset, value.requires_grad
+
+
 def _tensor_key(value: Any) -> Any:
     kind: Any = type(value)
-    fake = kind is FakeTensor
-    if not fake and is_traceable_wrapper_subclass(value):
+    if kind is not FakeTensor and is_traceable_wrapper_subclass(value):
         # What its own sizes do not tell, such as a DTensor's placements.
         names, context = value.__tensor_flatten__()
         try:
@@ -30,13 +37,10 @@ def _tensor_key(value: Any) -> Any:
         except TypeError:
             context = id(value)  # symbolic sizes in it: such a value is like no other
         kind = (kind, context, *((n, meta_key(getattr(value, n))) for n in names))
-    device = value.fake_device if fake else value.device
     if value.layout != torch.strided:
-        return (kind, value.dtype, device, value.layout, _sizes(value.shape), value.requires_grad)
-    shape, stride, offset = value.shape, value.stride(), value.storage_offset()
-    if value._has_symbolic_sizes_strides:
-        return (kind, value.dtype, device, _sizes(shape), _sizes(stride), _sizes((offset,)), value.requires_grad)
-    return (kind, value.dtype, device, shape, stride, (offset,), value.requires_grad)
+        return (kind, value.dtype, value.device, value.layout, _sizes(value.shape), value.requires_grad)
+    shape, stride, offset = (_sizes(s) for s in (value.shape, value.stride(), (value.storage_offset(),)))
+    return (kind, value.dtype, value.device, shape, stride, offset, value.requires_grad)
 
 
 def _sizes(sizes: Iterable[Any]) -> tuple[Any, ...]:

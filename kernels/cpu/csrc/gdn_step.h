@@ -1,11 +1,8 @@
 // The recurrence token by token, on blocks of VL rows of the state, which stay in the first-level cache for all tokens.
 
-// A row of the state as float, from or to the cache's dtype; what is VL rows further on will be needed next.
+// A row of the state as float, from or to the cache's dtype.
 template <class T> static inline void row_in(const T* from, int64_t k, float* to, int64_t kp) {
-    for (int64_t i = 0; i < kp; i += VL) {
-        ask(from + VL * k + i);
-        store(to + i, load_some(from + i, k - i));
-    }
+    for (int64_t i = 0; i < kp; i += VL) store(to + i, load_some(from + i, k - i));
 }
 template <class T> static inline void row_out(T* to, int64_t k, const float* from) {
     for (int64_t i = 0; i < k; i += VL) store_some(to + i, load(from + i), k - i);
@@ -29,15 +26,27 @@ static int64_t step_bytes(const Call& c) {
 
 constexpr int ROWS = VL == 16 ? 4 : 2;  // rows that share each load of k and q
 
-// r = S k and p = S q for VL rows; `ahead` floats further on is what will be needed next.
-static inline void dots(float* const* rows, const float* k, const float* q, int64_t kp, int64_t ahead, vf* r, vf* p) {
+// The block of VL rows that comes two blocks after this one. Asked for in one go, its lines would wait for each other; so
+// both sweeps over this block ask for a half, a few bytes at each step.
+constexpr int64_t BLOCKS_AHEAD = 2;
+struct Soon {
+    const char* at;
+    int64_t step;
+    inline void some() {
+        for (int64_t i = 0; i < step; i += 64) ask(at + i);
+        at += step;
+    }
+};
+
+// r = S k and p = S q for VL rows.
+static inline void dots(float* const* rows, const float* k, const float* q, int64_t kp, Soon& soon, vf* r, vf* p) {
     vf rs[VL], ps[VL];
     for (int m = 0; m < VL; m += ROWS) {
         vf a[ROWS] = {}, b[ROWS] = {};
         for (int64_t i = 0; i < kp; i += VL) {
             const vf kv = load(k + i), qv = load(q + i);
+            soon.some();
             for (int j = 0; j < ROWS; j++) {
-                ask(rows[m + j] + i + ahead);
                 const vf s = load(rows[m + j] + i);
                 a[j] = s * kv + a[j];
                 b[j] = s * qv + b[j];
@@ -54,7 +63,7 @@ static inline void dots(float* const* rows, const float* k, const float* q, int6
 
 // S <- alpha S + d k^T for VL rows; the same sweep takes the next token's r and p when there is one.
 template <bool NEXT> static inline void update(float* const* rows, float alpha, vf d, const float* k, const float* next_k,
-                                               const float* next_q, int64_t kp, vf* r, vf* p) {
+                                               const float* next_q, int64_t kp, Soon& soon, vf* r, vf* p) {
     vf rs[VL], ps[VL];
     float ds[VL];
     store(ds, d);
@@ -62,6 +71,7 @@ template <bool NEXT> static inline void update(float* const* rows, float alpha, 
         vf a[ROWS] = {}, b[ROWS] = {};
         for (int64_t i = 0; i < kp; i += VL) {
             const vf kv = load(k + i);
+            if (!NEXT) soon.some();
             vf nk, nq;
             if (NEXT) {
                 nk = load(next_k + i);
@@ -132,8 +142,11 @@ template <class IO> static void run_steps(const Unit& u, Arena& arena) {
                     if (v0 + j < c.v && s.source >= 0) load_row(c, s.source, head, v0 + j, rows[j], u.kp);
                     else std::memset(rows[j], 0, size_t(u.kp) * 4);
                 }
+                const int64_t item = int64_t(gdn::size_of(c.state));
+                const int64_t later = s.source * c.ssm_slot + (head * c.v + v0 + BLOCKS_AHEAD * VL) * c.k;
+                Soon soon{c.ssm_state + later * item, t0 > 0 || s.source < 0 ? 0 : VL * ROWS * item / 2};
                 vf r, p;
-                dots(rows, u.k, u.q, u.kp, in_place ? VL * c.k : 0, &r, &p);
+                dots(rows, u.k, u.q, u.kp, soon, &r, &p);
                 int64_t write = s.writes;
                 while (write < s.writes_end && u.work->writes[write].token < t0) write++;
                 for (int64_t t = 0; t < n; t++) {
@@ -141,8 +154,8 @@ template <class IO> static void run_steps(const Unit& u, Arena& arena) {
                     const vf d = u.beta[h * CHUNK + t] * (load(u.v + (h * CHUNK + t) * u.vp + v0) - alpha * r);
                     store(u.out + t * u.vp + v0, alpha * p + u.kq[t] * d);
                     const float* k = u.k + t * u.kp;
-                    if (t + 1 < n) update<true>(rows, alpha, d, k, k + u.kp, u.q + (t + 1) * u.kp, u.kp, &r, &p);
-                    else update<false>(rows, alpha, d, k, k, k, u.kp, &r, &p);
+                    if (t + 1 < n) update<true>(rows, alpha, d, k, k + u.kp, u.q + (t + 1) * u.kp, u.kp, soon, &r, &p);
+                    else update<false>(rows, alpha, d, k, k, k, u.kp, soon, &r, &p);
                     for (; write < s.writes_end && u.work->writes[write].token == t0 + t; write++)
                         for (int64_t j = 0; j < VL && v0 + j < c.v; j++)
                             store_row(c, u.work->writes[write].slot, head, v0 + j, rows[j]);

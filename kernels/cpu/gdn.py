@@ -22,6 +22,9 @@ INSTRUCTION_SETS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 
 
+_WRITTEN = (0, 1, 8, 9)  # core_attn_out, z, conv_state, ssm_state
+
+
 @cache
 def _library() -> ctypes.CDLL:
     library = build.load("gdn", {"gdn.cpp": ()})
@@ -199,6 +202,9 @@ def _run(name: str, *args: Any) -> None:
 
 def _prepared(kernels: int, *args: Any) -> None:
     """Make the call that C++ has refused, now with its sequences read and checked in Python, or say what is wrong."""
+    if any(isinstance(x, Tensor) and x.is_neg() for x in args):
+        _resolved(kernels, args)
+        return
     shapes, metadata = (*args[:15], *args[26:28]), (*args[15:26], *args[29:], args[8])
     packed = _pack(sequences(sizes(*shapes), *metadata))
     code = _entry(*args, get_num_threads(), kernels, packed[0].buffer_info()[0])
@@ -206,6 +212,16 @@ def _prepared(kernels: int, *args: Any) -> None:
         raise MemoryError("opreg::gdn_attention: no memory for the list of sequences of this call")
     if code:
         fail("the call was refused by the C++ kernel, but not by the checks of the reference")
+
+
+def _resolved(kernels: int, args: tuple[Any, ...]) -> None:
+    """Make the call with tensors of their own in place of negative views, whose memory holds other values."""
+    own = [x.resolve_neg() if isinstance(x, Tensor) else x for x in args]
+    if _entry(*own, get_num_threads(), kernels, 0):
+        _prepared(kernels, *own)
+    for at in _WRITTEN:
+        if own[at] is not args[at]:
+            args[at].copy_(own[at])
 
 
 def _pack(todo: list[Sequence]) -> tuple[array[int], ...]:

@@ -156,7 +156,7 @@ def _over_heads(x: Tensor, heads: int) -> Tensor:
 
 
 def _dense(x: Tensor) -> Tensor:
-    return x.to(torch.float32).contiguous()
+    return x.to(torch.float32).resolve_neg().contiguous()
 
 
 def check_rule(

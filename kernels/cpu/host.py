@@ -23,7 +23,7 @@ _PYTHON = (
     "PyEval_RestoreThread",
 )
 _TORCH = tuple(f"aoti_torch_get_{what}" for what in ("data_ptr", "dim", "sizes", "strides", "dtype", "device_type"))
-_Table = ctypes.c_void_p * (len(_PYTHON) + len(_TORCH) + 3)
+_Table = ctypes.c_void_p * (len(_PYTHON) + len(_TORCH) + 5)
 
 
 @cache
@@ -36,7 +36,7 @@ def _table() -> ctypes.Array[ctypes.c_void_p]:
     except AttributeError as e:
         raise build.BuildError(f"C++ cannot read the arguments of this Python and this torch: {e}") from None
     addresses = [ctypes.cast(function, ctypes.c_void_p).value for function in functions]
-    return _Table(*addresses, id(None), id(torch.Tensor), _offset())
+    return _Table(*addresses, id(None), id(torch.Tensor), _offset(), *_lazy())
 
 
 def _offset() -> int:
@@ -46,6 +46,23 @@ def _offset() -> int:
         if all(ctypes.c_uint64.from_address(id(x) + at).value == x._cdata for x in samples):
             return at
     raise build.BuildError("the tensor objects of this torch hold no pointer to their TensorImpl")
+
+
+def _lazy() -> tuple[int, int]:
+    """Where in a TensorImpl its dispatch keys are, and the keys of views whose memory holds other values than they do:
+    negative (torch._neg_view, the .imag of a conjugate) and conjugate ones.
+    """
+
+    def keys(x: torch.Tensor) -> int:
+        number: int = torch._C._dispatch_keys(x).raw_repr()  # type: ignore[attr-defined]
+        return number
+
+    real, number = torch.empty(2), torch.empty(2, dtype=torch.complex64)
+    samples = (real, torch._neg_view(real), number, number.conj(), torch.nn.Parameter(torch.empty(2)))
+    for at in range(8, 256, 8):
+        if all(ctypes.c_uint64.from_address(x._cdata + at).value == keys(x) for x in samples):
+            return at, (keys(samples[0]) ^ keys(samples[1])) | (keys(samples[2]) ^ keys(samples[3]))
+    raise build.BuildError("the tensors of this torch do not show their dispatch keys")
 
 
 def function(method: Any, *more: int) -> Callable[..., int]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..reference.gdn_args import sequences, sizes
-from ..reference.gdn_checks import check_batch, check_checkpoints, check_index, check_plain, check_speculative
+from ..reference.gdn_checks import check_batch, check_checkpoints, check_index, check_plain, check_speculative, fail
 from .gdn_launch import Data, Group, launch, on_device
 from .gdn_mixed import windows
 
@@ -125,6 +125,10 @@ def gdn_attention(
         num_actual_tokens,
         tp_size,
     )
+    written = {"core_attn_out": core_attn_out, "z": z, "conv_state": conv_state, "ssm_state": ssm_state}
+    for name, t in written.items():
+        if t.is_neg():
+            fail(f"{name} is a negative view, whose memory holds other values; pass {name}.resolve_neg()")
     plain = (non_spec_query_start_loc, non_spec_token_indx, non_spec_state_indices_tensor)
     spec = (spec_query_start_loc, spec_token_indx, spec_state_indices_tensor, num_accepted_tokens)
     more = (source_state_indices, checkpoint_token_indx, checkpoint_state_indices)
@@ -151,14 +155,14 @@ def gdn_attention(
         data = Data(
             core_attn_out,
             z,
-            projected_states_qkvz,
-            projected_states_ba,
+            projected_states_qkvz.resolve_neg(),
+            projected_states_ba.resolve_neg(),
             conv_state,
             ssm_state,
-            conv_weights,
-            conv_bias,
-            A_log,
-            dt_bias,
+            conv_weights.resolve_neg(),
+            conv_bias if conv_bias is None else conv_bias.resolve_neg(),
+            A_log.resolve_neg(),
+            dt_bias.resolve_neg(),
         )
         for group in groups:
             launch(s, data, group, null_slot, reorder_input, group.accepted is None and num_prefills > 0)
@@ -185,8 +189,8 @@ def _plain(
         num_prefills + num_decodes,
         _dense(starts, device),
         _token_index("non_spec_token_indx", tokens, device),
-        slots.to(device),
-        sources if sources is None else sources.to(device),
+        slots.to(device).resolve_neg(),
+        sources if sources is None else sources.to(device).resolve_neg(),
         None if has_initial_state is None else has_initial_state.to(device).contiguous().view(torch.uint8),
         None,
         _dense(at, device),
@@ -207,7 +211,7 @@ def _speculative(
         n,
         _dense(starts, device),
         _token_index("spec_token_indx", tokens, device),
-        slots.to(device),
+        slots.to(device).resolve_neg(),
         accepted=_dense(accepted, device),
     )
 
@@ -219,4 +223,4 @@ def _token_index(name: str, t: Tensor | None, device: torch.device) -> Tensor | 
 
 
 def _dense(t: Tensor | None, device: torch.device) -> Tensor | None:
-    return t if t is None else t.to(device).contiguous()
+    return t if t is None else t.to(device).resolve_neg().contiguous()

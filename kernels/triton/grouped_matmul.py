@@ -64,6 +64,7 @@ def grouped_matmul(lhs: Tensor, rhs: Tensor, group_sizes: Tensor) -> Tensor:
     out = torch.zeros(m, n, dtype=lhs.dtype, device=lhs.device)
     if not (m and n and k and count):
         return out
+    lhs, rhs = lhs.resolve_neg(), rhs.resolve_neg()  # a negative view's memory holds other values
     if lhs.stride(1) != 1:
         lhs = lhs.contiguous()
     sizes = group_sizes.to(torch.int64)

@@ -34,12 +34,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    rows = x.reshape(-1, columns)
+    rows = x.resolve_neg().reshape(-1, columns)  # a negative view's memory holds other values
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
     block = triton.next_power_of_2(columns)
     rms_norm_rows[(rows.shape[0],)](
-        rows, weight.contiguous(), y, rows.stride(0), columns, eps, BLOCK=block, num_warps=warps(block)
+        rows, weight.resolve_neg().contiguous(), y, rows.stride(0), columns, eps, BLOCK=block, num_warps=warps(block)
     )
     return y
 

@@ -34,7 +34,7 @@ def segment_sum(data: Tensor, segment_ids: Tensor, num_segments: int) -> Tensor:
     out = torch.empty(num_segments, *data.shape[1:], dtype=data.dtype, device=data.device)
     if out.numel() == 0:
         return out
-    rows = data.unsqueeze(-1).flatten(1)
+    rows = data.resolve_neg().unsqueeze(-1).flatten(1)  # a negative view's memory holds other values
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
     # Ids below 0 are ordered before the first segment and ids past the last one after it: neither is in a segment.

@@ -14,6 +14,11 @@ Call = dict[str, Any]
 WRITTEN = ("core_attn_out", "z", "conv_state", "ssm_state")
 
 
+def negative(x: torch.Tensor) -> torch.Tensor:
+    """The same values, seen through a negative view of other memory."""
+    return torch._neg_view(-x)
+
+
 def valid() -> Call:
     return make_call([1, 14, 0, 2], Heads(2, 4, 32, 32, 4), initial=[True, False, True, True], padding=2)
 
@@ -150,3 +155,14 @@ def test_every_argument_stands_where_the_entry_looks() -> None:
     source = (gdn.build.CSRC / "gdn.cpp").read_text(encoding="utf-8")
     listed = source[source.index("enum Argument {") : source.index("ARGUMENTS\n")].partition("{")[2]
     assert len([name for name in listed.replace("\n", " ").split(",") if name.strip()]) == len(names) + 3
+
+
+@pytest.mark.parametrize("name", [n for n in TENSORS if valid()[n].is_floating_point()])
+def test_a_negative_view_is_read_and_written_as_what_it_shows(name: str) -> None:
+    want, got = valid(), valid()
+    gdn.gdn_attention(**want)
+    got[name] = shown = negative(got[name])
+    gdn.gdn_attention(**got)
+    assert shown.is_neg()
+    for written in WRITTEN:
+        assert torch.equal(got[written].resolve_neg().nan_to_num(), want[written].nan_to_num())

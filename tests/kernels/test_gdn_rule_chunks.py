@@ -196,3 +196,10 @@ def test_few_tokens_are_refused_by_the_torch_kernel() -> None:
     few, enough = (make_rule_call((1, n, 1, 1, 16, 16)) for n in (7, 8))
     assert "below 8 they are faster one by one" in str(gdn_rule_torch.gated_delta_rule_chunks_why_not(**few))
     assert gdn_rule_torch.gated_delta_rule_chunks_why_not(**enough) is None
+
+
+def test_negative_views_are_read_as_what_they_show(kernel: tuple[Rule, Rule]) -> None:
+    call = make_rule_call((1, 70, 1, 2, 16, 16), (False, True, False))
+    shown = {name: torch._neg_view(-x) if isinstance(x, Tensor) else x for name, x in call.items()}
+    for got, want in zip(kernel[0](**shown), kernel[0](**call), strict=True):
+        assert torch.equal(got, want)

@@ -30,6 +30,8 @@ struct Table {
     int32_t (*device)(void*, int32_t*);
     Object *none, *tensor_type;
     int64_t offset;                      // of the TensorImpl* in a tensor object
+    int64_t keys;                        // of the dispatch keys in a TensorImpl
+    uint64_t lazy;                       // keys of negative and conjugate views, whose memory holds other values
 };
 
 // Numbers of c10::ScalarType, which saved files keep.
@@ -94,7 +96,9 @@ struct Arguments {
         int32_t device = -1;
         int64_t *sizes = nullptr, *strides = nullptr;
         void* data = nullptr;
-        if (table.device(handle, &device) || device != 0 || table.rank(handle, &t.rank) || table.sizes(handle, &sizes) ||
+        uint64_t keys;
+        __builtin_memcpy(&keys, static_cast<char*>(handle[0]) + table.keys, sizeof keys);
+        if ((keys & table.lazy) || table.device(handle, &device) || device != 0 || table.rank(handle, &t.rank) || table.sizes(handle, &sizes) ||
             table.strides(handle, &strides) || table.type(handle, &t.type) || table.data(handle, &data))
             return refuse(), Tensor();
         t.data = static_cast<char*>(data);

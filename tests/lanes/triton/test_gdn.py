@@ -17,6 +17,7 @@ FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 # Relative RMS error allowed. float32: sums in another order. 16 bits: q, k, v, the corrected values and the state are
 # operands of products in that type, and the output is rounded once; a state is as good as what was added to it.
 OUT = {FP32: 1e-5, FP16: 1e-3, BF16: 5e-3}
+WRITTEN = ("core_attn_out", "z", "conv_state", "ssm_state")
 STATE = {FP32: 1e-5, FP16: 1e-3, BF16: 5e-3}
 
 
@@ -248,3 +249,17 @@ def test_it_is_the_kernel_of_cuda_and_xpu() -> None:
     assert explain(op.op, "cuda").selected.name == "triton/gdn_attention"
     kernels = {d.kernel.name: d.state for d in explain(op.op, "xpu").decisions}
     assert kernels["triton/gdn_attention"] in ("used", "ready")
+
+
+def test_negative_views_are_read_as_what_they_show_and_refused_where_they_are_written() -> None:
+    call = make_call([1, 20], Heads(1, 2, 16, 16, 2), flat=True)
+    want, shown = run(call), dict(call)
+    for name in ("projected_states_qkvz", "projected_states_ba", "conv_weights", "conv_bias", "A_log", "dt_bias"):
+        shown[name] = torch._neg_view(-call[name])
+    for name in ("non_spec_query_start_loc", "non_spec_state_indices_tensor"):
+        shown[name] = torch._neg_view(-call[name])
+    got = run(shown)
+    for name in WRITTEN:
+        assert same_bits(got[name], want[name])
+        with pytest.raises(ValueError, match=f"{name} is a negative view"):
+            gdn_attention(**{**clone_call(call), name: torch._neg_view(-call[name])})

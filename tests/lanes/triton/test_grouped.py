@@ -102,3 +102,12 @@ def test_both_compile_for_sm_90():
     settings = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=settings, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_negative_views_are_read_as_what_they_show():
+    generator = torch.Generator().manual_seed(1)
+    lhs, rhs = torch.randn(5, 8, generator=generator), torch.randn(2, 8, 3, generator=generator)
+    sizes, ids = torch.tensor([2, 3]), torch.tensor([0, 1, 1, 0, 1])
+    got = grouped.grouped_matmul(torch._neg_view(-lhs), torch._neg_view(-rhs), sizes)
+    assert torch.equal(got, grouped.grouped_matmul(lhs, rhs, sizes))
+    assert torch.equal(segments.segment_sum(torch._neg_view(-lhs), ids, 2), segments.segment_sum(lhs, ids, 2))

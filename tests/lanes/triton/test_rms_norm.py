@@ -82,3 +82,9 @@ def test_compiles_for_sm90_without_local_memory():
 
 def test_warps_keep_a_thread_at_16_elements_where_the_chip_allows():
     assert [warps(block) for block in (1, 512, 1024, 8192, 65536)] == [1, 1, 2, 16, 16]
+
+
+def test_negative_views_are_read_as_what_they_show():
+    x, weight = torch.randn(3, 64, generator=torch.Generator().manual_seed(1)), torch.linspace(0.5, 2, 64)
+    got = rms_norm(torch._neg_view(-x), torch._neg_view(-weight))
+    assert torch.equal(got, rms_norm(x, weight))

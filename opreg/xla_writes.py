@@ -47,8 +47,10 @@ def catch(op: Op) -> None:
         tensors = [value for arg, value in zip(op.spec.args, args, strict=True) if arg.is_tensor]
         with torch._C._AutoDispatchBelowAutograd():
             if all(value is None or type(value) in _PLAIN for value in tensors):
-                if op.spec.layer_arg is not None and _below_functionalisation():
-                    raise KernelError(_LAYER_IN_GRAPH.format(op.name))
+                if _below_functionalisation():
+                    if op.spec.layer_arg is not None:
+                        raise KernelError(_LAYER_IN_GRAPH.format(op.name))
+                    return _writing(op, args)
                 return op.call_with(op.calls.entry, args)
             _let_graphs_through()
             return _in_graph(op, args)
@@ -79,6 +81,21 @@ def _wrapped(op: Op, args: tuple[Any, ...]) -> Any:
     with torch._C._PreserveDispatchKeyGuard():
         torch._C._dispatch_tls_set_dispatch_key_excluded(torch._C.DispatchKey.Functionalize, False)
         return _bare(op.call_with(op.calls.entry, tuple(_wrap(value) for value in args)))
+
+
+def _writing(op: Op, args: tuple[Any, ...]) -> Any:
+    """The same for an op that writes arguments, views of them included, which bare tensors would not see."""
+    given = tuple(_wrap(value) for value in args)
+    with torch._C._PreserveDispatchKeyGuard():
+        torch._C._dispatch_tls_set_dispatch_key_excluded(torch._C.DispatchKey.Functionalize, False)
+        result = _bare(op.call_with(op.calls.entry, given))
+        made = [_bare(new) for new in given]
+    for arg, value, new in zip(op.spec.args, args, made, strict=True):
+        if arg.mutated and not arg.layer and value is not None:
+            pairs = zip(value, new, strict=True) if isinstance(value, (list, tuple)) else [(value, new)]
+            for old, written in pairs:
+                old.copy_(written)
+    return result
 
 
 def _wrap(value: Any) -> Any:
@@ -112,13 +129,20 @@ def _in_graph(op: Op, args: tuple[Any, ...]) -> Any:
             copy = [x.clone() for x in value] if isinstance(value, (list, tuple)) else value.clone()
             written += zip(value, copy, strict=True) if isinstance(copy, list) else [(value, copy)]
         copies.append(copy)
-    for old, _ in written:
-        # The memory of a graph's input that is overwritten may hold the new value; of other tensors this says nothing.
-        torch.ops.xla.dynamo_set_buffer_donor_(old, True)
+    # The graph is run three times before it is compiled. Where a kernel looks at a value, what leads there is executed
+    # at once, and would take memory that the next run starts from: nothing is given away before the kernel has run.
+    _give_away(written, False)
     result = op.call_with(op.overload, tuple(copies))
     for old, new in written:
         old.copy_(new)
+    _give_away(written, True)
     return result
+
+
+def _give_away(written: list[tuple[torch.Tensor, torch.Tensor]], allowed: bool) -> None:
+    """Whether the memory of a graph's input that is overwritten may hold the new value; of others it says nothing."""
+    for old, _ in written:
+        torch.ops.xla.dynamo_set_buffer_donor_(old, allowed)
 
 
 @functools.cache

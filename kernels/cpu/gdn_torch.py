@@ -235,8 +235,17 @@ def _chunks(state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Ten
         grown = total.float().exp()[..., None]
         system = (kc @ kc.mT) * decay * bc[..., None]
         right = bc[..., None] * (v[:, part] - grown * (kc @ state.mT))
-        x = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+        x = _solve(system, right)
         out[:, part] = grown * (qc @ state.mT) + ((qc @ kc.mT) * decay) @ x
         last = total[:, -1:, None]
         state = last.float().exp() * state + (x * (last - total[..., None]).float().exp()).mT @ kc
     return out.transpose(0, 1), state
+
+
+def _solve(system: Tensor, right: Tensor) -> Tensor:
+    """X of (I + A) X = R, A the part of `system` below the diagonal."""
+    if system.device.type == "xla":
+        # torch_xla takes solve_triangular to the CPU, in the middle of a graph, and only this older form to XLA.
+        found: Tensor = torch.ops.aten.triangular_solve(right, system, upper=False, unitriangular=True)[0]
+        return found
+    return torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)

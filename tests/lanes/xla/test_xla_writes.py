@@ -126,3 +126,20 @@ def test_an_op_with_a_layer_is_not_frozen_into_a_graph():
     with torch.no_grad():
         assert torch.equal(around(**call), expected)
     assert expected.ne(1).any()
+
+
+@opreg.register_op("xla_writes::rows", mutates_args=("total",))
+def rows(x: Annotated[Tensor, "n"], total: Annotated[Tensor, "n"]) -> None:
+    """x into the total, in two pieces."""
+    half = total.shape[0] // 2
+    total.zero_()
+    total[:half].copy_(x[:half])
+    total[half:].add_(x[half:])
+
+
+def test_a_kernel_in_a_graph_may_write_through_views():
+    compiled = torch.compile(lambda x, total: (rows(x, total), total + 1)[1], backend="openxla", fullgraph=True)
+    x, total = torch.arange(1.0, 6.0).to(device), torch.zeros(5).to(device)
+    for _ in range(2):
+        assert compiled(x, total).cpu().tolist() == [2, 3, 4, 5, 6]
+        assert total.cpu().tolist() == [1, 2, 3, 4, 5]

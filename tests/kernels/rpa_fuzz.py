@@ -111,7 +111,9 @@ def make(seed: int, limits: Limits | None = None) -> Call:
     q[:rows] = rng.standard_normal((rows, query_heads, dim))
     new = torch.full((2, tokens, kv_heads, dim), torch.nan)
     new[:, :rows] = torch.from_numpy(rng.standard_normal((2, rows, kv_heads, dim)).astype(np.float32))
-    kv = torch.from_numpy(pages)
+    kv = torch.from_numpy(pages).clone(
+        memory_format=torch.contiguous_format
+    )  # numpy has strides of 0 where it is empty
     if layout == "HND":
         kv = kv.transpose(1, 2).contiguous()
     starts = np.full(room + 1, -9, np.int32)

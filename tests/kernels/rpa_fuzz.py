@@ -60,6 +60,7 @@ class Limits:
     far: float = 0.02  # how often a sequence reaches beyond position 32,768
     strides: bool = True
     odd_scales: bool = True  # sm_scale of zero and below
+    whole_pages: bool = False  # the page in which a window begins holds numbers throughout, as the contract has it
 
 
 def make(seed: int, limits: Limits | None = None) -> Call:
@@ -101,6 +102,7 @@ def make(seed: int, limits: Limits | None = None) -> Call:
         keys.append(both[0].astype(np.float64))
         values.append(both[1].astype(np.float64))
         first = 0 if window is None else max(0, kv_len - q_len - window + 1)
+        first = first // size * size if has.whole_pages else first
         for p in range(first if q_len else kv_len, kv_len):
             pages[mine[p // size], p % size, 0::2], pages[mine[p // size], p % size, 1::2] = both[0, p], both[1, p]
         seen = first // size if q_len else counts[i]

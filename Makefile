@@ -58,6 +58,12 @@ print-lanes:
 # The same tests on the other torch versions: all but those of the package and of the command as a process.
 SAME := tests --ignore=tests/test_packaging.py --ignore=tests/test_plugins.py --ignore=tests/test_readme.py
 
+# `opreg check` of paged attention beside a lane's packages (Triton, Intel's, JAX with libtpu): a minute in each.
+RPA_OPS := ragged_paged_attention ragged_paged_attention_update kv_cache_update
+define check_rpa
+set -e; for op in $(RPA_OPS); do .venv-$(1)/bin/opreg check opreg::$$op; done
+endef
+
 lane-transformers: .venv/$(STAMP)
 	.venv/bin/pytest tests/kernels/test_gdn_transformers.py tests/kernels/test_gdn_rule_models.py $(wildcard tests/test_examples_serving.py)
 
@@ -70,13 +76,16 @@ lane-triton-slow: .venv-triton/$(STAMP)
 
 lane-triton: .venv-triton/$(STAMP)
 	TRITON_INTERPRET=1 .venv-triton/bin/pytest tests/lanes/triton
+	$(call check_rpa,triton)
 
 # Wheels of Intel's kernels are downloaded (280 MB, once) and read; nothing of them is loaded.
 lane-xpu: .venv-xpu/$(STAMP)
 	.venv-xpu/bin/pytest tests/lanes/xpu
+	$(call check_rpa,xpu)
 
 lane-tpu_aot: .venv-tpu_aot/$(STAMP)
 	TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu .venv-tpu_aot/bin/pytest tests/lanes/tpu_aot
+	$(call check_rpa,tpu_aot)
 
 lane-ipex: .venv-ipex/$(STAMP)
 	.venv-ipex/bin/pytest $(SPREAD) $(SAME)

@@ -20,8 +20,9 @@ def check_starts(name: str, args: list[ArgSpec]) -> None:
 
 def check_names(name: str, args: list[ArgSpec], returns: tuple[ReturnSpec, ...]) -> None:
     """Every name of an output or an expression must be bound by an input before it is used."""
-    if not [one for one in (*args, *returns) if one.shape is not None or one.dtype is not None]:
-        return
+    facts: list[ArgSpec | ReturnSpec] = [*args, *returns]
+    if not [fact for fact in facts if fact.shape is not None or fact.dtype is not None]:
+        return  # as for most ops
     bound = {arg.name for arg in args if arg.type in ("SymInt", "int", "SymInt?")}
     for arg in args:
         for dim in arg.shape.dims if arg.shape else ():

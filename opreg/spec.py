@@ -154,7 +154,7 @@ class OpSpec(Fact):
     @property
     def mutates(self) -> tuple[str, ...]:
         """Names of the tensors that callers hand in to be written; the layer's handle is none of them."""
-        return tuple(arg.name for arg in self.args if arg.mutated and not arg.layer)
+        return tuple([arg.name for arg in self.args if arg.mutated and not arg.layer])
 
     @property
     def keeps_state(self) -> bool:
@@ -164,7 +164,10 @@ class OpSpec(Fact):
 
     @property
     def layer_arg(self) -> ArgSpec | None:
-        return next((arg for arg in self.args if arg.layer), None)
+        for arg in self.args:
+            if arg.layer:
+                return arg
+        return None
 
     @property
     def first_tensor(self) -> ArgSpec | None:

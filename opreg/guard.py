@@ -172,7 +172,9 @@ def condition(spec: OpSpec, first: ArgSpec) -> str:
 
     Cheapest first (quiet ns): exact types 8 each, the profiler flag 3, two other globals 12 each, function modes 16,
     the mode queries 30 each, grad mode 31. Whether some tensor wants a gradient is asked in grad mode only. It does not
-    see conjugate and negative views, which the native guard does: kernels that read memory resolve them.
+    see conjugate and negative views, which the native guard does: kernels that read memory resolve them. Nor does it
+    see strided nested tensors and bare wrappers of functionalization, whose type is Tensor: the kernel gets them, where
+    the operator refuses the call.
     """
     types = []
     for arg in tensors(spec):

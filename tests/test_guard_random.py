@@ -105,8 +105,8 @@ class Made:
 
 
 # What Python's guard takes for plain tensors, and the operator resolves. Not among the tensors above: wrappers of
-# functionalization, mkldnn and nested tensors, with which one run in several ends in a segmentation fault inside a torch
-# operator of the body that the dispatcher has called.
+# functionalization, mkldnn and nested tensors, with which one run in several ends in a segmentation fault inside a
+# torch operator of the body that the dispatcher has called.
 UNSEEN = {"conjugate", "negative"}
 
 

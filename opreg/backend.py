@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from opreg import _compat
-from opreg.backend_artifacts import modules_checked
+from opreg.backend_artifacts import artifacts_checked, unwritable_cache
 from opreg.backend_cpp import kernels_built_together
 from opreg.backend_inductor import compile_piece
 from opreg.backend_sizes import Compile, SizeError, Variant, compile_variant, dispatch, plan_points, plan_variants
@@ -110,8 +110,9 @@ def opreg_backend(gm: GraphModule, example_inputs: Sequence[Any], options: Mappi
     with contextlib.ExitStack() as stack:
         stack.enter_context(rare_collections())
         if compiler is compile_piece:
+            stack.enter_context(_cache_explained())
             stack.enter_context(kernels_built_together())
-            stack.enter_context(modules_checked())
+            stack.enter_context(artifacts_checked())
         _compile_pieces(split, report, compile_one, mode)
         special = _compile_variants(split, report, compile_one, mode, variants)
         if compiler is compile_piece:
@@ -124,6 +125,21 @@ def opreg_backend(gm: GraphModule, example_inputs: Sequence[Any], options: Mappi
     for note in report.notes:
         log.warning("%s", note)
     return run
+
+
+@contextlib.contextmanager
+def _cache_explained() -> Iterator[None]:
+    """Inside, an error of Inductor's says so where it comes of a cache folder that nothing can be written to."""
+    try:
+        yield
+    except Exception as error:
+        where = unwritable_cache()
+        if not where:
+            raise
+        raise BackendError(
+            f'torch.compile(backend="opreg"): Inductor keeps what it compiles in a folder that cannot be written to: '
+            f"{where}. Set the environment variable TORCHINDUCTOR_CACHE_DIR to one that can."
+        ) from error
 
 
 def _as_it_is(module: GraphModule, values: Sequence[Any]) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from opreg import backend_link
+from opreg.backend import BackendError
 from opreg.backend_link import linked_by_name
 
 
@@ -96,3 +97,30 @@ def test_without_an_empty_library_the_real_one_is_read(
         (builder,) = linked_by_name(job("-ltorch_cpu ")).args[1]  # type: ignore[attr-defined]
     assert (builder._libraries_dirs_args, builder._ldflags_args) == ("-L/real ", "")
     assert "all of torch's symbols read: no linker" in caplog.text
+
+
+def test_a_cache_folder_that_cannot_be_written_is_named_with_the_cure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    made = torch.compile(lambda x: torch.sin(x) * 2, backend="opreg")
+    # Not before: torch.compile itself makes the folder. A folder that is there but read-only is first met by Inductor.
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed) as found:
+        made(torch.ones(3))
+    assert isinstance(found.value.inner_exception, BackendError)
+    said = str(found.value.inner_exception)
+    assert f"cannot be written to: {tmp_path}/file/cache (NotADirectoryError" in said
+    assert "Set the environment variable TORCHINDUCTOR_CACHE_DIR" in said
+
+
+def test_an_error_with_a_writable_cache_is_left_as_it_is(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise ArithmeticError("not the cache's fault")
+
+    monkeypatch.setattr("opreg.backend.compile_piece", broken)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed) as found:
+        torch.compile(lambda x: torch.sin(x) * 2, backend="opreg")(torch.ones(3))
+    assert isinstance(found.value.inner_exception, ArithmeticError)

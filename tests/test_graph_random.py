@@ -191,3 +191,26 @@ def pieces_are_as_promised(split: SplitGraph) -> None:
     assert [piece.index for piece in split.pieces] == list(range(len(split.pieces)))
     calls = sum(len([n for n in piece.nodes if isinstance(n, Node)]) for piece in split.pieces)
     assert calls == sum(n.op.startswith("call") for n in split.root.graph.nodes), "every call is in exactly one piece"
+
+
+def test_a_module_that_works_in_place_writes() -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act = torch.nn.ReLU(inplace=True)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            y = x - 5
+            row = y[0]
+            z = torch.ops.opreg_random.pair.default(y)[0]
+            self.act(row)
+            return y + z
+
+    module = torch.fx.symbolic_trace(Model())
+    x = torch.arange(24.0).reshape(ROWS, COLUMNS)
+    FakeTensorProp(module, FakeTensorMode()).propagate(x)
+    split = split_graph(module, on=ON)
+    assert not split.report().notes
+    for index, piece in split.modules.items():
+        split.use(index, copying(piece))
+    check(module, split, [x])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from opreg import backend_link
+from opreg import backend_link, graph
 from opreg.backend import BackendError
 from opreg.backend_link import linked_by_name
 
@@ -124,3 +124,19 @@ def test_an_error_with_a_writable_cache_is_left_as_it_is(cache: Path, monkeypatc
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed) as found:
         torch.compile(lambda x: torch.sin(x) * 2, backend="opreg")(torch.ones(3))
     assert isinstance(found.value.inner_exception, ArithmeticError)
+
+
+def test_garbage_is_collected_rarely_while_a_graph_is_split(
+    usual: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, int, int]] = []
+    plan = graph.make_plan
+
+    def watched(*args: Any) -> Any:
+        seen.append(gc.get_threshold())
+        return plan(*args)
+
+    monkeypatch.setattr(graph, "make_plan", watched)
+    graph.split_graph(torch.fx.symbolic_trace(double), on=[])
+    assert seen == [(100_000, *usual[1:])]
+    assert gc.get_threshold() == usual

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from collections.abc import Iterator
+from typing import Annotated, Any
 
 import pytest
+import torch
 from torch import Tensor
 
 import opreg
@@ -65,7 +67,21 @@ def fails_on_xla(x: X) -> X:
     return x * 2
 
 
-@pytest.mark.parametrize("op", [good, in_place])
+@opreg.register_op("xla_check::layer", mutates_args=("out",), kind="attention")
+def of_a_layer(x: X, out: X, layer_name: opreg.LayerName) -> None:
+    """x times the first rows of what the layer holds."""
+    layer, _ = opreg.current_layer(layer_name)
+    out.copy_(x * layer["weight"][: x.shape[0]])
+
+
+@of_a_layer.register_inputs
+def _inputs(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[dict[str, Any]]:
+    weight = torch.rand(5, 3, generator=generator, dtype=dtype).to(device)
+    with opreg.forward_context(layers={"xla_check": {"weight": weight}}, metadata=3):
+        yield {"x": torch.ones(4, 3, device=device), "out": torch.zeros(4, 3, device=device), "layer_name": "xla_check"}
+
+
+@pytest.mark.parametrize("op", [good, in_place, of_a_layer])
 def test_a_good_op_is_clean(op) -> None:
     report = check_op(op, device="xla", compilers=op is good)
     assert report.ok, str(report)

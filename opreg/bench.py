@@ -42,11 +42,13 @@ def interleave(
     seconds: float = 2.0,
     rounds: int = 7,
     clock: Callable[[], float] = time.perf_counter,
+    before: Callable[[], Any] | None = None,
     seed: int = 0,
 ) -> dict[str, Timing]:
     """Time whole calls: every alternative once per round, in random order; at least `rounds` rounds and `seconds`.
 
-    Every alternative is called once before, so that compilation and first-touch costs are not in the figures.
+    Every alternative is called once before, so that compilation and first-touch costs are not in the figures; `before`
+    is called before each call that is timed.
     """
     for run in alternatives.values():
         run()
@@ -57,6 +59,8 @@ def interleave(
     while len(samples[order[0]]) < rounds or time.perf_counter() - start < seconds:
         shuffle.shuffle(order)
         for name in order:
+            if before is not None:
+                before()
             begin = clock()
             alternatives[name]()
             samples[name].append(clock() - begin)

@@ -28,6 +28,21 @@ def test_every_alternative_runs_once_per_round_in_changing_order():
     assert len({tuple(r) for r in rounds[1:]}) > 1
 
 
+def test_what_comes_before_a_timed_call_is_not_in_its_time() -> None:
+    seen: list[str] = []
+    now = [0.0]
+
+    def takes(seconds: float, name: str) -> None:
+        now[0] += seconds
+        seen.append(name)
+
+    timings = interleave(
+        {"a": lambda: takes(1.0, "a")}, seconds=0, rounds=3, clock=lambda: now[0], before=lambda: takes(5.0, "before")
+    )
+    assert timings["a"].high == 1.0
+    assert seen == ["a", *["before", "a"] * 3]
+
+
 def test_timings_are_medians_and_quartiles_of_the_clock():
     ticks = iter([0, 1, 10, 13, 20, 25, 30, 37, 40, 49])
     timing = interleave({"a": lambda: None}, seconds=0, rounds=5, clock=lambda: next(ticks))["a"]

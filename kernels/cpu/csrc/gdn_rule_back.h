@@ -120,9 +120,9 @@ void chunk_back(const Chunks& x, int64_t t0, int64_t n) {
         std::memcpy(dout + t * vp, c.grad_out + x.at(t0 + t, c.hv, x.h) * c.v, size_t(c.v) * 4);
     solve_back(x, m);
     for (int64_t t = m; t < w; t++) std::memset(x.x + t * vp, 0, size_t(vp) * 4);
-    flip(x.xt, TOKENS, x.x, vp, w, vp);
-    flip(x.state_t, kp, x.state, vp, kp, vp);
-    flip(x.grad_t, kp, x.grad, vp, kp, vp);
+    transpose_words(x.x, vp, x.xt, TOKENS, w, vp);
+    transpose_words(x.state, vp, x.state_t, kp, kp, vp);
+    transpose_words(x.grad, vp, x.grad_t, kp, kp, vp);
     std::memset(x.dleft, 0, size_t(2 * TOKENS * kp) * 4);
     std::memset(x.dkept, 0, size_t(TOKENS * kp) * 4);
     multiply(x.dkept, kp, x.x, vp, 1, x.grad_t, kp, m, kp, vp, false);

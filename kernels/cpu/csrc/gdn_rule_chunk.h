@@ -45,17 +45,6 @@ inline void multiply(float* c, int64_t c_row, const float* a, int64_t row, int64
     });
 }
 
-// to[j][i] = from[i][j]; rows and cols are multiples of VL.
-inline void flip(float* to, int64_t to_row, const float* from, int64_t from_row, int64_t rows, int64_t cols) {
-    for (int64_t i = 0; i < rows; i += VL)
-        for (int64_t j = 0; j < cols; j += VL) {
-            vf t[VL];
-            for (int m = 0; m < VL; m++) t[m] = load(from + (i + m) * from_row + j);
-            transpose(t);
-            for (int m = 0; m < VL; m++) store(to + (j + m) * to_row + i, t[m]);
-        }
-}
-
 // One head. Matrices of tokens have TOKENS rows, those of two halves (E, then q) twice as many; rows behind the last token
 // of a chunk are zeros, and their decays 1.
 struct Chunks {
@@ -146,7 +135,7 @@ void read_chunk(const Chunks& x, int64_t t0, int64_t n) {
 
 // A and P where the decay is one number: products of E, q and k, times `between`.
 void pairs_of_scalars(const Chunks& x, int64_t m) {
-    flip(x.kt, TOKENS, x.k, x.kp, TOKENS, x.kp);
+    transpose_words(x.k, x.kp, x.kt, TOKENS, TOKENS, x.kp);
     float d[TOKENS] = {};
     for (int64_t i = 0; i < m; i++) {
         const vf step = splat(x.a[i * x.kp]);

@@ -328,3 +328,14 @@ static inline vf log1p_positive(vf e) {
     const vf series = e * (1.0f - e * (0.5f - e * (0.33333333f - e * 0.25f)));
     return select(e < 1e-2f, series, big);
 }
+
+// to[j][i] = from[i][j] for rows x cols words, both multiples of VL.
+static inline void transpose_words(const float* from, int64_t from_row, float* to, int64_t to_row, int64_t rows, int64_t cols) {
+    for (int64_t i = 0; i < rows; i += VL)
+        for (int64_t j = 0; j < cols; j += VL) {
+            vf t[VL];
+            for (int m = 0; m < VL; m++) t[m] = load(from + (i + m) * from_row + j);
+            transpose(t);
+            for (int m = 0; m < VL; m++) store(to + (j + m) * to_row + i, t[m]);
+        }
+}

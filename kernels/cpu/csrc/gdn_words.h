@@ -72,14 +72,3 @@ template <class Dot> static inline void row_words(float* to, const float* from, 
         else store(reinterpret_cast<BF16*>(to) + i, load(from + i));
     }
 }
-
-// to[j][i] = from[i][j] for rows x cols words, both multiples of VL.
-static inline void transpose_words(const float* from, int64_t from_row, float* to, int64_t to_row, int64_t rows, int64_t cols) {
-    for (int64_t i = 0; i < rows; i += VL)
-        for (int64_t j = 0; j < cols; j += VL) {
-            vf t[VL];
-            for (int m = 0; m < VL; m++) t[m] = load(from + (i + m) * from_row + j);
-            transpose(t);
-            for (int m = 0; m < VL; m++) store(to + (j + m) * to_row + i, t[m]);
-        }
-}

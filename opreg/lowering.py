@@ -54,7 +54,7 @@ def install(
     if overload in _installed or "torch._inductor.lowering" not in sys.modules:
         return
     _installed.add(overload)
-    from torch._inductor import ir, lowering
+    from torch._inductor import config, ir, lowering
     from torch._inductor.virtualized import V
     from torch._library.utils import get_layout_constraint_tag
 
@@ -74,6 +74,23 @@ def install(
                 self.python_kernel_name = symbol
             super().codegen(wrapper)
 
+    class DirectOutput(ir.MultiOutput):
+        """A result, whose sizes and strides are compared before Inductor's check is called."""
+
+        def codegen_size_asserts(self, wrapper: Any) -> None:
+            sizes = self.get_size()
+            if V.graph.cpp_wrapper or not config.size_asserts or any(size == 0 for size in sizes):
+                super().codegen_size_asserts(wrapper)
+                return
+            # The same check at half the price, which is the larger part of a call; Inductor's is asked for its error.
+            size = V.graph.wrapper_code.codegen_shape_tuple(sizes)
+            stride = V.graph.wrapper_code.codegen_shape_tuple(self.get_stride())
+            name = self.get_name()
+            wrapper.writeline(
+                f"if {name}.shape != {size} or {name}.stride() != {stride}: "
+                f"assert_size_stride({name}, {size}, {stride}, {self.get_op_name()!r})"
+            )
+
     fallback = lowering.fallback_handler(overload)
 
     def lower(*args: Any, **kwargs: Any) -> Any:
@@ -84,6 +101,8 @@ def install(
         for operation in V.graph.operations[first:]:
             if type(operation) is ir.FallbackKernel and operation.op_overload is overload:
                 operation.__class__ = DirectKernel
+            elif type(operation) is ir.MultiOutput:
+                operation.__class__ = DirectOutput
         return result
 
     # The mark by which Inductor knows that a lowering is a plain call.

@@ -92,6 +92,34 @@ def test_layout_follows_the_tags():
     assert seen["exact"] == (1, 4)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_results_of_other_sizes_or_strides_than_the_fake_s_are_an_error(dynamic):
+    made = []
+
+    @register_op(f"t_lowering::made_{dynamic}")
+    def op(x: Annotated[Tensor, "a b"]) -> Annotated[Tensor, "a b"]:
+        return x.clone()
+
+    op.register_fake(torch.empty_like)  # strides of a contract are made good, those of a fake are the kernel's duty
+    op.register_kernel("cpu", lambda x: made[0](x))
+
+    def compiled(n):
+        return fn(torch.ones(n, 6))
+
+    made[:] = [torch.clone]
+    fn = torch.compile(lambda x: op(x.relu()) + 1, fullgraph=True, dynamic=dynamic)
+    result, (code,) = run_and_get_code(fn, torch.ones(4, 6))
+    assert ".stride() != " in code
+    assert result.unique().tolist() == [2.0]
+    assert compiled(4).shape == (4, 6)
+    if dynamic:
+        assert compiled(5).shape == (5, 6)
+    for wrong in (lambda x: x.new_ones(4, 5), lambda x: x.new_ones(6, 4).t(), lambda x: x.new_ones(4, 6, 1)):
+        made[:] = [wrong]
+        with pytest.raises(AssertionError, match=r"expected size|wrong number of dimensions"):
+            compiled(4)
+
+
 def test_gradients_flow_through_the_direct_call():
     @register_op("t_lowering::cube")
     def cube(x: D) -> D:

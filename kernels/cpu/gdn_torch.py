@@ -247,5 +247,6 @@ def _solve(system: Tensor, right: Tensor) -> Tensor:
     if system.device.type == "xla":
         # torch_xla takes solve_triangular to the CPU, in the middle of a graph, and only this older form to XLA.
         found: Tensor = torch.ops.aten.triangular_solve(right, system, upper=False, unitriangular=True)[0]
-        return found
-    return torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+    else:
+        found = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+    return found

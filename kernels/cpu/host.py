@@ -54,7 +54,7 @@ def _lazy() -> tuple[int, int]:
     """
 
     def keys(x: torch.Tensor) -> int:
-        number: int = torch._C._dispatch_keys(x).raw_repr()  # type: ignore[attr-defined]
+        number: int = torch._C._dispatch_keys(x).raw_repr()
         return number
 
     real, number = torch.empty(2), torch.empty(2, dtype=torch.complex64)

@@ -121,7 +121,7 @@ def runner(written: Written, seed: int, training: bool) -> Callable[..., Any]:
         for name, at in written:
             made = OPS[name][2](*[values[i] for i in at])
             if OPS[name][1]:
-                values += made if isinstance(made, tuple | list) else [made]
+                values += made if type(made) in (tuple, list) else [made]
         return values[-1], [values[int(p * len(values))] for p in picks], {"a": values[-2]}
 
     return run

@@ -232,7 +232,7 @@ def placed(rank: int, mesh: Any, which: str) -> None:
     got = split(columns, rows, columns, rows)
     assert got.placements == want.placements
     torch.testing.assert_close(got.full_tensor(), want.full_tensor())
-    assert any("DTensor ((Shard(dim=" in piece.why_distinct for piece in last_report().pieces)
+    assert any("input 0 is DTensor (" in piece.why_distinct for piece in last_report().pieces)
 
 
 @pytest.mark.parametrize("which", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

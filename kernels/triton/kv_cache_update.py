@@ -219,6 +219,8 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 def why_not_cache(kv_pages: Tensor) -> str | None:
     """The reason why this device or this cache is not for the Triton kernels, or None."""
+    if kv_pages.is_neg():
+        return "kv_pages is a negative view, whose memory holds other values"
     if kv_pages.dim() == 4 and kv_pages.stride(3) != 1:
         return f"the last dimension of kv_pages is not contiguous (stride {kv_pages.stride(3)})"
     if kv_pages.device.type == "cuda":
@@ -260,6 +262,7 @@ def kv_cache_update(
     and stops the kernel with TRITON_DEBUG=1.
     """
     sizes = check_update_call(OP, k, v, kv_pages, slot_mapping, kv_layout=kv_layout, k_scale=k_scale, v_scale=v_scale)
+    slot_mapping = slot_mapping.resolve_neg()
     index = (slot_mapping, sizes.pages * sizes.page_size, slot_mapping.stride(0))
     launch_write(write_slots, k, v, kv_pages, index, sizes, kv_layout, k_scale, v_scale)
 
@@ -284,7 +287,8 @@ def launch_step_write(
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
-    """x, copied unless its last dimension is contiguous."""
+    """x, copied unless its last dimension is contiguous and it is no negative view, whose memory holds other values."""
+    x = x.resolve_neg()
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

@@ -167,6 +167,8 @@ def ragged_paged_attention_update(
 def _contiguous(
     q: Tensor, kv_pages: Tensor, kv_lens: Tensor, page_indices: Tensor, cu_q_lens: Tensor, num_seqs: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The arguments, with index tensors copied where they are not contiguous (page_indices: along its rows)."""
-    table = page_indices if page_indices.dim() != 2 or page_indices.stride(1) == 1 else page_indices.contiguous()
+    """The arguments, copied where they are negative views, whose memory holds other values, and index tensors also
+    where they are not contiguous (page_indices: along its rows)."""
+    q, kv_lens, table, cu_q_lens, num_seqs = (x.resolve_neg() for x in (q, kv_lens, page_indices, cu_q_lens, num_seqs))
+    table = table if table.dim() != 2 or table.stride(1) == 1 else table.contiguous()
     return q, kv_pages, kv_lens.contiguous(), table, cu_q_lens.contiguous(), num_seqs

@@ -194,7 +194,7 @@ def launch(
         facts = device_facts(q.device)
         chosen = plans(tokens, seqs, capacity, window, cache.heads, group, head_dim, dot.itemsize, facts)
     q = rows_contiguous(q)
-    sinks = None if options.sinks is None else options.sinks.contiguous()
+    sinks = None if options.sinks is None else options.sinks.resolve_neg().contiguous()
     scale = options.sm_scale * (1.0 if options.k_scale is None else options.k_scale)
     v_scale = 1.0 if options.v_scale is None else options.v_scale
     if options.soft_cap is None:

@@ -46,7 +46,7 @@ def _options(
 
 def _ids(segments: Tensor | None, other: Tensor) -> Tensor:
     """Segment ids as the programs read them; any tensor where there are none, for they do not look."""
-    return other if segments is None else segments.contiguous()
+    return other if segments is None else segments.resolve_neg().contiguous()
 
 
 def splash_attention(
@@ -66,7 +66,7 @@ def splash_attention(
     out = torch.zeros(batches, heads, n, v.shape[3], dtype=q.dtype, device=q.device)
     lse = torch.full((batches, heads, n), -math.inf, dtype=torch.float32, device=q.device)
     if lse.numel() and k.shape[2]:
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        q, k, v = (x.resolve_neg().contiguous() for x in (q, k, v))  # a negative view's memory holds other values
         grid = (triton.cdiv(n, constants["ROWS"]), batches * heads)
         ids = (_ids(q_segments, q), _ids(kv_segments, k))
         attend[grid](q, k, v, *ids, out, lse, heads, *numbers, **constants)
@@ -93,7 +93,7 @@ def splash_attention_backward(
     (batches, heads, n, _), (_, groups, m, _) = q.shape, k.shape
     dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     if batches and heads and n and m:
-        q, k, v, grad = q.contiguous(), k.contiguous(), v.contiguous(), grad_out.to(q.dtype).contiguous()
+        q, k, v, grad = (x.resolve_neg().contiguous() for x in (q, k, v, grad_out.to(q.dtype)))
         through = grad_lse.float() - (out.float() * grad_out.float()).sum(-1)
         total = torch.where(lse == -math.inf, 0, lse).contiguous()
         ids = (_ids(q_segments, q), _ids(kv_segments, k))

@@ -140,3 +140,14 @@ def test_fused_refuses_before_it_writes():
     with pytest.raises(ValueError, match="k has 4 tokens but q has 5"):
         rpa.ragged_paged_attention_update(batch.q, k[1:], k[1:], *batch[1:])
     assert torch.equal(bits(batch.kv_pages), bits(before))
+
+
+def test_negative_views_are_written_as_what_they_show_and_refused_as_a_cache():
+    k, v = new_rows(5, 2, 24, torch.float32)
+    got, want = (torch.zeros(3, 4, 4, 24) for _ in range(2))
+    slots = torch.tensor([7, 0, -1, 3, 2])
+    shown = (torch._neg_view(-x) for x in (k, v))
+    triton_update.kv_cache_update(*shown, got, torch._neg_view(-slots))
+    reference.kv_cache_update(k, v, want, slots)
+    assert torch.equal(got, want)
+    assert "negative view" in str(triton_update.why_not(k, v, torch._neg_view(got), slots))

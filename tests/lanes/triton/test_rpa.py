@@ -242,3 +242,12 @@ def test_mask_value_has_no_effect():
     batch = make_batch([(1, 9), (4, 4)])
     plain = rpa.ragged_paged_attention(*batch, sm_scale=0.25)
     assert torch.equal(plain, rpa.ragged_paged_attention(*batch, sm_scale=0.25, mask_value=-1e4))
+
+
+def test_negative_views_are_read_as_what_they_show():
+    batch = make_batch([(5, 18), (1, 29), (2, 2)], head_dim=16, poison=False)
+    sinks = torch.linspace(-1.0, 1.0, batch.q.shape[1])
+    want = rpa.ragged_paged_attention(**batch._asdict(), sm_scale=0.25, sinks=sinks)
+    shown = {name: x if name == "kv_pages" else torch._neg_view(-x) for name, x in batch._asdict().items()}
+    assert torch.equal(rpa.ragged_paged_attention(**shown, sm_scale=0.25, sinks=torch._neg_view(-sinks)), want)
+    assert "negative view" in str(rpa.why_not(**{**batch._asdict(), "kv_pages": torch._neg_view(batch.kv_pages)}))

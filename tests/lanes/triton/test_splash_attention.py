@@ -115,3 +115,17 @@ def test_all_programs_compile_for_sm_90():
     lines = [line.split() for line in done.stdout.splitlines()]
     assert len(lines) == 9
     assert all(int(shared) <= 227 * 1024 and int(local) == 0 for _, _, shared, local in lines), done.stdout
+
+
+def test_negative_views_are_read_as_what_they_show():
+    generator = torch.Generator().manual_seed(1)
+    q, k, v, grad = (torch.randn(1, 2, 9, 8, generator=generator) for _ in range(4))
+    shown = [torch._neg_view(-x) for x in (q, k, v, grad)]
+    out, lse = triton_splash.splash_attention(q, k, v, causal=True)
+    for got, want in zip(triton_splash.splash_attention(*shown[:3], causal=True), (out, lse), strict=True):
+        assert torch.equal(got, want)
+    zeros = torch.zeros_like(lse)
+    want = triton_splash.splash_attention_backward(grad, zeros, q, k, v, out, lse, causal=True)
+    given = (shown[3], zeros, *shown[:3], torch._neg_view(-out), torch._neg_view(-lse))
+    for got, one in zip(triton_splash.splash_attention_backward(*given, causal=True), want, strict=True):
+        assert torch.equal(got, one)

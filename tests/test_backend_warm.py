@@ -97,7 +97,8 @@ def flipped_byte(path: Path) -> None:
 def cut_short(path: Path) -> None:
     """As a build that was stopped leaves it: nothing is known about the file yet."""
     for facts in path.parent.parent.glob("opreg/*"):
-        facts.unlink()
+        if facts.is_file():  # "link" is the folder of what libraries are linked against
+            facts.unlink()
     data = path.read_bytes()[:500]
     path.unlink()
     path.write_bytes(data)

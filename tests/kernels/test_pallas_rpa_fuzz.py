@@ -53,10 +53,9 @@ def to_torch(x: jax.Array, dtype: torch.dtype) -> torch.Tensor:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_attention_and_write(seed: int) -> None:
-    call = fuzz.make(seed, LIMITS)
-    reason = why_not(*call.arguments, **call.options)
-    if reason is not None:
-        pytest.skip(reason)
+    # The next call in place of one that the kernel refuses, so that no seed goes untested.
+    calls = (fuzz.make(seed + 1000 * more, LIMITS) for more in range(50))
+    call = next(call for call in calls if why_not(*call.arguments, **call.options) is None)
     q, kv, *index = map(to_jax, call.arguments)
     options = dict(call.options)
     if options["sinks"] is not None:

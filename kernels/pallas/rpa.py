@@ -126,9 +126,11 @@ def _call(
         sm_scale, sliding_window, soft_cap, mask_value, k_scale, v_scale, kv_layout,
     )  # fmt: skip
     tokens, heads, head_dim = q.shape
-    if tokens == 0 or kv_lens.shape[0] == 0:
+    if tokens == 0 or kv_lens.shape[0] == 0 or kv_pages.shape[0] == 0:
         empty = jnp.zeros(q.shape, q.dtype)
         return (empty, jnp.full(q.shape[:2], -jnp.inf, jnp.float32)) if with_lse else (empty,)
+    if sliding_window is not None and sliding_window >= page_indices.shape[1] * shape.page_size:
+        sliding_window = None  # it hides nothing, and may be more than an int32 holds
     if blocks is None:
         blocks = default_blocks(shape, q.dtype, kv_pages.dtype, current_chip() if chip is None else chip, kv_layout)
     blocks = blocks.fitted(tokens, page_indices.shape[1] * shape.page_size, shape, kv_pages.dtype, kv_layout)

@@ -112,8 +112,11 @@ class _Loops(NamedTuple):
         heads, head_dim = shape.query_heads, shape.head_dim
         span = self.pages_per_block * shape.page_size
         low = jnp.int32(0)
-        if options.sliding_window is not None:
-            low = jnp.maximum(position[0] - (options.sliding_window - 1), 0)
+        window = options.sliding_window
+        if window is not None and window >= self.arrays.page_indices.shape[1] * shape.page_size:
+            window = None  # it hides nothing, and may be more than an int32 holds
+        if window is not None:
+            low = jnp.maximum(position[0] - (window - 1), 0)
         high = jnp.minimum(position[-1] + 1, kv_len)
         # [kv heads, query heads per kv head, rows, head_dim]
         query = lax.dynamic_slice_in_dim(self.arrays.q, at, ROWS).astype(jnp.float32)
@@ -127,8 +130,8 @@ class _Loops(NamedTuple):
             if options.soft_cap is not None:
                 logits = jnp.tanh(logits / options.soft_cap) * options.soft_cap
             seen = seen_at <= position[:, None]
-            if options.sliding_window is not None:
-                seen = seen & (seen_at > position[:, None] - options.sliding_window)
+            if window is not None:
+                seen = seen & (seen_at > position[:, None] - window)
             logits = jnp.where(seen, logits, MASKED)
             m_new = jnp.maximum(m, logits.max(-1))
             weights = jnp.where(seen, jnp.exp(logits - m_new[..., None]), 0.0)

@@ -113,7 +113,7 @@ def write_step(
         1.0, None, None, None, k_scale, v_scale, kv_layout,
     )  # fmt: skip
     check_new(k, v, kv_pages, kv_layout, q.shape[0])
-    if q.shape[0] == 0 or kv_lens.shape[0] == 0:
+    if q.shape[0] == 0 or kv_lens.shape[0] == 0 or kv_pages.shape[0] == 0:
         return kv_pages
     dtype = kv_pages.dtype
     rows = combined_rows(k, v, dtype, k_scale, v_scale)

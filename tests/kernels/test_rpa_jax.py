@@ -27,7 +27,7 @@ CASES = {
         "sinks": torch.linspace(-1.0, 2.0, 4),
         "mask_value": -1e9,
     },
-    "int8": {"kv_dtype": torch.int8, "k_scale": 0.03, "v_scale": 0.05},
+    "int8": {"kv_dtype": torch.int8, "k_scale": 0.03, "v_scale": 0.05, "sliding_window": 1 << 40},
     "float8": {"kv_dtype": torch.float8_e4m3fn, "kv_layout": "HND", "k_scale": 0.5, "v_scale": 2.0},
     "bfloat16": {"dtype": torch.bfloat16, "sliding_window": 300, "heads": (6, 2), "head_dim": 24},
     "float16, large pages": {"dtype": torch.float16, "page_size": 320, "heads": (3, 3)},

@@ -133,9 +133,9 @@ def _in_graph(op: Op, args: tuple[Any, ...]) -> Any:
     # at once, and would take memory that the next run starts from: nothing is given away before the kernel has run.
     _give_away(written, False)
     result = op.call_with(op.overload, tuple(copies))
+    _give_away(written, True)  # before the new values are there: afterwards these names no longer mean the inputs
     for old, new in written:
         old.copy_(new)
-    _give_away(written, True)
     return result
 
 

@@ -10,6 +10,8 @@ import torch
 from torch._guards import TracingContext
 from torch.fx import GraphModule
 
+from opreg.backend_symbols import sizes_named_by_order
+
 
 @dataclass(frozen=True)
 class Boxed:
@@ -37,7 +39,8 @@ def compile_piece(
     made: list[tuple[Any, int]] = []
 
     def inner(graph: GraphModule, inputs: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
-        compiled = compile_fx_inner(graph, inputs, *args, **kwargs)
+        with sizes_named_by_order(inputs):
+            compiled = compile_fx_inner(graph, inputs, *args, **kwargs)
         made.append((compiled, len(inputs)))
         return compiled
 

@@ -37,21 +37,6 @@ def build_piece(keys: Keys, piece: Piece, root: Any, shared: bool) -> GraphModul
         if node.op == "get_attr":
             new.meta["example_value"] = keys.attribute(node.target)
 
-    def arg(value: Any) -> Any:
-        if isinstance(value, Node | Step | Lifted):
-            found = made.get(value)
-            return found if found is not None else arg(keys.cross(value))
-        if isinstance(value, tuple | list):
-            items = [arg(v) for v in value]
-            if isinstance(value, tuple) and hasattr(value, "_fields"):
-                return type(value)(*items)
-            return items if isinstance(value, list) else tuple(items)
-        if isinstance(value, dict):
-            return {k: arg(v) for k, v in value.items()}
-        if isinstance(value, slice):
-            return slice(arg(value.start), arg(value.stop), arg(value.step))
-        return value
-
     for step in piece.steps:
         target, args, kwargs = step.target, step.args, step.kwargs
         if step in piece.lifts:
@@ -60,18 +45,37 @@ def build_piece(keys: Keys, piece: Piece, root: Any, shared: bool) -> GraphModul
             kwargs = {k: given.get(k, a) for k, a in kwargs.items()}
         new = graph.create_node(step.op, target, None, None, step.name)
         # Given to create_node, arguments are first searched for symbols, which takes longer than making the node.
-        new.args = arg(args)
+        new.args = _argument(args, made, keys)
         if kwargs:
-            new.kwargs = arg(kwargs)
+            new.kwargs = _argument(kwargs, made, keys)
         new.meta.update(step.meta)
         if step.op in ("call_module", "get_attr"):
             owned[str(step.target)] = keys.attribute(step.target)
         made[step] = new
-    graph.output(tuple(made[n] for n in piece.exports))
+    graph.output(tuple([made[n] for n in piece.exports]))
     # Its Python code is written when it is first called; Inductor needs none, and writing it takes the longest.
     module = _LazyGraphModule(_Owner(owned), graph, class_name=f"Piece{piece.index}")
     module.meta.update(getattr(root, "meta", {}))
     return module
+
+
+def _argument(value: Any, made: dict[Any, Any], keys: Keys) -> Any:
+    """An argument with the new nodes for the old ones."""
+    if isinstance(value, Node | Step | Lifted):
+        found = made.get(value)
+        return found if found is not None else _argument(keys.cross(value), made, keys)
+    if isinstance(value, tuple | list):
+        items = [_argument(v, made, keys) for v in value]
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*items)
+        return items if isinstance(value, list) else tuple(items)
+    if isinstance(value, dict):
+        return {k: _argument(v, made, keys) for k, v in value.items()}
+    if isinstance(value, slice):
+        return slice(
+            _argument(value.start, made, keys), _argument(value.stop, made, keys), _argument(value.step, made, keys)
+        )
+    return value
 
 
 class _Owner(torch.nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -143,43 +143,7 @@ class Keys:
         """What the piece calls; what goes in is appended to `inputs`, and constants of registered ops to `holes`."""
         tokens: list[Any] = []
         known: dict[Any, Mark] = {}
-        add, token_of, facts = tokens.append, known.get, self._facts
-
-        def walk(arg: Any) -> None:
-            kind = type(arg)
-            if kind is Node or kind is Step:
-                token = token_of(arg)
-                if token is None:
-                    if arg.op != "placeholder" and (other := self.cross(arg)) is not arg:
-                        walk(other)
-                        return
-                    at = len(inputs)
-                    token = known[arg] = _INPUT[at] if at < len(_INPUT) else _marks(_INPUT, "<", at + 1)[at]
-                    inputs.append(arg)
-                add(token)
-            elif kind is int or kind is str or arg is None:
-                add(arg)
-            elif isinstance(arg, tuple | list):
-                add(LIST if isinstance(arg, list) else TUPLE)
-                for a in arg:
-                    walk(a)
-                add(END)
-            elif kind is bool or kind is float or kind is complex:
-                # 1, True and 1.0 are equal in Python, and 0.0 equals -0.0.
-                add((kind, repr(arg)))
-            elif isinstance(arg, dict):
-                add(DICT)
-                for k, v in arg.items():
-                    add(k)
-                    walk(v)
-                add(END)
-            elif kind is slice:
-                add(SLICE)
-                walk(arg.start)
-                walk(arg.stop)
-                walk(arg.step)
-            else:
-                add(constant(arg))
+        add, token_of, walk, facts = tokens.append, known.get, self._walk, self._facts
 
         for step, mark in zip(piece.steps, _marks(_LOCAL, "%", len(piece.steps)), strict=False):
             op, target = step.op, step.target
@@ -208,7 +172,7 @@ class Keys:
                         holes.append(constant(a))
                         piece.spots.append((step, at))
                     else:
-                        walk(a)
+                        walk(a, known, inputs, add)
             else:
                 for a in step._args:
                     # What walk() would do, for what almost all arguments are: values of this piece, and numbers.
@@ -217,15 +181,52 @@ class Keys:
                     elif type(a) is int:
                         add(a)
                     else:
-                        walk(a)
+                        walk(a, known, inputs, add)
                 if kwargs:
                     add(KWARGS)
                     for k, a in kwargs.items():
                         add(k)
-                        walk(a)
+                        walk(a, known, inputs, add)
             add(CALL)
             known[step] = mark
         return tuple(tokens)
+
+    def _walk(self, arg: Any, known: dict[Any, Mark], inputs: list[Any], add: Callable[[Any], None]) -> None:
+        """The tokens of one argument. (No closure of _tokens, which would hold itself and be garbage in cycles.)"""
+        kind = type(arg)
+        if kind is Node or kind is Step:
+            token = known.get(arg)
+            if token is None:
+                if arg.op != "placeholder" and (other := self.cross(arg)) is not arg:
+                    self._walk(other, known, inputs, add)
+                    return
+                at = len(inputs)
+                token = known[arg] = _INPUT[at] if at < len(_INPUT) else _marks(_INPUT, "<", at + 1)[at]
+                inputs.append(arg)
+            add(token)
+        elif kind is int or kind is str or arg is None:
+            add(arg)
+        elif isinstance(arg, tuple | list):
+            add(LIST if isinstance(arg, list) else TUPLE)
+            for a in arg:
+                self._walk(a, known, inputs, add)
+            add(END)
+        elif kind is bool or kind is float or kind is complex:
+            # 1, True and 1.0 are equal in Python, and 0.0 equals -0.0.
+            add((kind, repr(arg)))
+        elif isinstance(arg, dict):
+            add(DICT)
+            for k, v in arg.items():
+                add(k)
+                self._walk(v, known, inputs, add)
+            add(END)
+        elif kind is slice:
+            add(SLICE)
+            self._walk(arg.start, known, inputs, add)
+            self._walk(arg.stop, known, inputs, add)
+            self._walk(arg.step, known, inputs, add)
+        else:
+            add(constant(arg))
 
     def _unbound(self, inputs: Iterable[Any]) -> list[Any]:
         """Placeholders of symbols that inputs' sizes use and none of them is: a compiler could not solve for them."""

@@ -326,7 +326,7 @@ template <class IO> static void begin(Unit& u, Arena& arena) {
         }
 }
 
-template <class IO> static void run_unit(const Work& work, int64_t unit, Arena& arena, Ahead& ahead) {
+template <class IO> static void run_unit(const Work& work, int64_t unit, int64_t next, Arena& arena, Ahead& ahead) {
     const Call& c = *work.call;
     Unit u;
     u.work = &work;
@@ -334,7 +334,7 @@ template <class IO> static void run_unit(const Work& work, int64_t unit, Arena& 
     u.s = work.sequences + work.order[unit / c.hk];
     u.group = unit % c.hk;
     u.index = unit;
-    u.next = unit + c.threads;
+    u.next = next;
     u.expected = false;
     const bool chunked = u.s->count >= CHUNK_FROM;
     arena.reset(size_t(unit_bytes(c) + (chunked ? chunk_bytes(c) : step_bytes(c))));
@@ -349,8 +349,20 @@ template <class IO> static void run_unit(const Work& work, int64_t unit, Arena& 
     else run_steps<IO>(u, arena);
 }
 
+// The end of the units that a thread takes at once, from `unit` on. Chunks are taken one by one, so that threads end
+// together. Of steps, which are many and short, a thread takes half of its share of what is left, and all of it in the last
+// sequence: the states of neighbours lie one after the other, and threads that took them in turn would ask for each
+// other's memory.
+static int64_t taken_to(const Work& work, int64_t unit) {
+    const Call& c = *work.call;
+    if (unit >= work.units || work.sequences[work.order[unit / c.hk]].count >= CHUNK_FROM) return unit + 1;
+    const int64_t left = work.units - unit;
+    return unit + std::max(std::max(left / 2, std::min(left, c.hk)) / c.threads, int64_t(1));
+}
+
 static void run(const Work& work) {
     const Call& c = *work.call;
+    std::atomic<int64_t> taken{0};
 #pragma omp parallel num_threads(int(c.threads)) if (c.threads > 1 && work.units > 1)
     {
         static thread_local Arena arena;
@@ -360,11 +372,17 @@ static void run(const Work& work) {
         const unsigned mode = _mm_getcsr();
         _mm_setcsr(mode | 0x8040);
 #endif
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t unit = 0; unit < work.units; unit++) {
-            if (c.io == gdn::F32) run_unit<float>(work, unit, arena, ahead);
-            else if (c.io == gdn::BF16_) run_unit<BF16>(work, unit, arena, ahead);
-            else run_unit<FP16>(work, unit, arena, ahead);
+        for (;;) {
+            int64_t unit = taken.load(std::memory_order_relaxed), end;
+            do end = taken_to(work, unit);
+            while (unit < work.units && !taken.compare_exchange_weak(unit, end, std::memory_order_relaxed));
+            if (unit >= work.units) break;
+            for (; unit < end; unit++) {
+                const int64_t next = unit + 1 < end ? unit + 1 : unit + c.threads;
+                if (c.io == gdn::F32) run_unit<float>(work, unit, next, arena, ahead);
+                else if (c.io == gdn::BF16_) run_unit<BF16>(work, unit, next, arena, ahead);
+                else run_unit<FP16>(work, unit, next, arena, ahead);
+            }
         }
 #if defined(__x86_64__) || defined(_M_X64)
         _mm_setcsr(mode);

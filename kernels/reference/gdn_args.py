@@ -55,6 +55,8 @@ def _dtype(name: str, t: Tensor, allowed: tuple[torch.dtype, ...], why: str) -> 
 
 def _inner(name: str, t: Tensor, what: str) -> None:
     # Only the leading stride is free: rows may be a slice of a wider tensor, slots may live in a shared paged cache.
+    if not t.numel():
+        return  # any strides: numpy gives zeros
     expected = 1
     for size, stride in zip(reversed(t.shape[1:]), reversed(t.stride()[1:]), strict=True):
         if size != 1 and stride != expected:

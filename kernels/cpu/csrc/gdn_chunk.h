@@ -3,12 +3,14 @@
 //     (I + A) X = diag(beta) (V - diag(e^G) K S),   O = diag(e^G) Q S + lower(Q K^T * D) X,
 //     S <- e^G_last S + K^T diag(D[last]) X.
 // D is built as products of decays, row from row: no exponential of a difference, so nothing can overflow or lose digits.
+// Products take q and k as the convolution rounded them, exact in bfloat16; D takes the scales of k on its columns, rows the
+// others: rounding normalised q and k would stay whole where each q is nearly orthogonal to the keys that it meets.
 // Inside, the state is kept as [k, v] in float; operands of the products are 4-byte words: one float, or two bfloat16 that
 // are neighbours along the contracted dimension. Rounding A and X to bfloat16 is amplified by A: where keys are nearly equal
-// and decay little, X are differences that cancel in O. The relative error of O is 3.5e-3 at best and 4.2e-3 where the mean
-// over rows of sum_j A[i][j]^2 is 1/2 (TAME), 5e-3 at 1.5, and 1e-2 at 24. A head whose A is larger than TAME in some chunk
-// goes through that chunk with A, P, X and K^T in float, at two thirds of the speed; K S and Q S, which nothing amplifies,
-// stay in bfloat16: the error is below 3.1e-3 then.
+// and decay little, X are differences that cancel in O. The relative error of O is 3.1e-3 on random inputs and 3.5e-3 where
+// the mean over rows of sum_j A[i][j]^2 is near 1/2 (TAME), and grows with it. A head whose A is larger than TAME in some
+// chunk goes through that chunk with A, P, X and K^T in float, at two thirds of the speed; K S and Q S, which nothing
+// amplifies, stay in bfloat16: the error is below 2.8e-3 then.
 
 struct Chunk {
     int64_t kd, kw;             // words in a row of K and Q; K rounded up so that they fill vectors
@@ -18,15 +20,16 @@ struct Chunk {
     float *kk, *qk;             // K K^T and Q K^T, [CHUNK, CHUNK]
     float *a, *p;               // -A and lower(Q K^T * D) as operands A, [CHUNK, CHUNK / pack]
     float* near;                // -A of the four tokens that a row is solved with, [CHUNK, 4]
-    float *grown, *shrunk;      // e^G_i and D[last][i], [CHUNK]
+    float *grown, *grown_k, *grown_q; // e^G_i, and times the scales of k and of q, [CHUNK]
+    float* shrunk;              // D[last][i] times the scale of k, [CHUNK]
     float *x, *xs;              // a tile of X, and of X scaled by D[last], as operands B, [CHUNK / pack, TILE * VL]
     float *state, *state_words; // per value head [kw, vp], and as operand B [kd, vp], both in tiles
 };
 
 static int64_t chunk_bytes(const Call& c) {
     const int64_t kw = up(c.k, 2 * VL), vp = up(c.v, VL), ratio = c.hv / c.hk;
-    const int64_t chunk = 4 * CHUNK * kw + 4 * CHUNK * CHUNK + 6 * CHUNK + 2 * CHUNK * TILE * VL;
-    return 4 * ((1 + HAVE_BF16_DOT) * chunk + 2 * ratio * kw * vp) + 64 * 32;
+    const int64_t chunk = 4 * CHUNK * kw + 4 * CHUNK * CHUNK + 8 * CHUNK + 2 * CHUNK * TILE * VL;
+    return 4 * ((1 + HAVE_BF16_DOT) * chunk + 2 * ratio * kw * vp) + 64 * 36;
 }
 
 // Four rows of K K^T and of Q K^T, N vectors of columns.
@@ -87,26 +90,31 @@ template <class Dot> static void chunk_keys(const Unit& u, const Chunk& b, int64
 constexpr float TAME = 0.5f;
 
 // Decays of one value head: the operands -A and P, e^G and D[last]. Returns the sum of the squares of A.
-template <class Dot> static float chunk_decays(const Chunk& b, const float* alpha, const float* beta, int64_t n, int64_t m) {
+template <class Dot> static float chunk_decays(const Unit& u, const Chunk& b, int64_t h, int64_t n, int64_t m) {
+    const float *alpha = u.alpha + h * CHUNK, *beta = u.beta + h * CHUNK;
     constexpr int N = CHUNK / VL;
     float eye[2 * VL] = {};
     eye[VL] = 1.0f;
     vf d[N] = {}, squares = {};
     float grown = 1.0f;
     for (int64_t i = 0; i < m; i++) {
-        const float step = i < n ? alpha[i] : 1.0f, scale = i < n ? -beta[i] : 0.0f;
+        const bool real = i < n;
+        const float step = real ? alpha[i] : 1.0f, k_scale = real ? u.k_scale[i] : 0.0f, q_scale = real ? u.q_scale[i] : 0.0f;
+        const float scale = real ? -beta[i] * k_scale : 0.0f;
         const int64_t last = i / VL;
         float a[CHUNK], p[CHUNK];
         grown *= step;
         b.grown[i] = grown;
+        b.grown_k[i] = grown * k_scale;
+        b.grown_q[i] = grown * q_scale;
         for (int64_t j = 0; j <= last; j++) {
             d[j] = d[j] * step;
             const vf entries = load(b.kk + i * CHUNK + j * VL) * d[j] * scale;  // of tokens before i only: others' d is 0
             squares = entries * entries + squares;
             store(a + j * VL, entries);
         }
-        if (i < n) d[last] = d[last] + load(eye + VL - i % VL);
-        for (int64_t j = 0; j <= last; j++) store(p + j * VL, load(b.qk + i * CHUNK + j * VL) * d[j]);
+        if (real) d[last] = d[last] + load(eye + VL - i % VL) * k_scale;
+        for (int64_t j = 0; j <= last; j++) store(p + j * VL, load(b.qk + i * CHUNK + j * VL) * d[j] * q_scale);
         std::memcpy(b.near + 4 * i, a + i - i % 4, 16);
         row_words<Dot>(b.a + i * (CHUNK / Dot::pack), a, (last + 1) * VL);
         row_words<Dot>(b.p + i * (CHUNK / Dot::pack), p, (last + 1) * VL);
@@ -131,7 +139,7 @@ static void chunk_columns(const Unit& u, const Chunk& b, Ahead& ahead, int64_t h
         if (has_state) product<Dot>(x, b.kq_k + i * b.kd, b.kd, words, cols, b.kd);
         for (int r = 0; r < 4; r++)
             for (int j = 0; j < N; j++)
-                x[r][j] = i + r < n ? beta[i + r] * (load(v + (i + r) * u.vp + j * VL) - b.grown[i + r] * x[r][j]) : vf{};
+                x[r][j] = i + r < n ? beta[i + r] * (load(v + (i + r) * u.vp + j * VL) - b.grown_k[i + r] * x[r][j]) : vf{};
         product<In>(x, b.a + i * row_of_a, row_of_a, b.x, cols, i / In::pack);
         const float* a = b.near + 4 * i;
         for (int j = 0; j < N; j++) {
@@ -151,7 +159,7 @@ static void chunk_columns(const Unit& u, const Chunk& b, Ahead& ahead, int64_t h
         if (has_state) {
             product<Dot>(out, b.kq_q + i * b.kd, b.kd, words, cols, b.kd);
             for (int r = 0; r < 4; r++)
-                for (int j = 0; j < N; j++) out[r][j] *= b.grown[i + r];
+                for (int j = 0; j < N; j++) out[r][j] *= b.grown_q[i + r];
         }
         product<In>(out, b.p + i * row_of_a, row_of_a, b.x, cols, (i + 4) / In::pack);
         for (int r = 0; r < 4 && i + r < n; r++) {
@@ -239,6 +247,8 @@ template <class Dot> static Chunk carve(const Unit& u, Arena& arena) {
     b.p = arena.take<float>(CHUNK * CHUNK / Dot::pack);
     b.near = arena.take<float>(CHUNK * 4);
     b.grown = arena.take<float>(CHUNK);
+    b.grown_k = arena.take<float>(CHUNK);
+    b.grown_q = arena.take<float>(CHUNK);
     b.shrunk = arena.take<float>(CHUNK);
     b.x = arena.take<float>(CHUNK / Dot::pack * TILE * VL);
     b.xs = arena.take<float>(CHUNK / Dot::pack * TILE * VL);
@@ -299,14 +309,13 @@ template <class IO, class Dot> static void run_chunks(Unit& u, Arena& arena, Ahe
         chunk_keys<Dot>(u, b, n, m, w);
         bool exact_keys = false;
         for (int64_t h = 0; h < u.ratio; h++) {
-            const float *alpha = u.alpha + h * CHUNK, *beta = u.beta + h * CHUNK;
-            const float squares = chunk_decays<Dot>(b, alpha, beta, n, m);
+            const float squares = chunk_decays<Dot>(u, b, h, n, m);
 #if HAVE_BF16_DOT
             if constexpr (Dot::pack > 1)
                 if (squares > TAME * float(n)) {
                     if (!exact_keys) chunk_keys<DotF32>(u, exact, n, m, up(n, VL));
                     exact_keys = true;
-                    chunk_decays<DotF32>(exact, alpha, beta, n, m);
+                    chunk_decays<DotF32>(u, exact, h, n, m);
                     chunk_head<IO, Dot, DotF32>(u, mixed, ahead, h, t0, n, m, has_state, !last);
                     continue;
                 }

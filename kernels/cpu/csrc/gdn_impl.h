@@ -86,6 +86,7 @@ struct Unit {
     int64_t history_row;
     float *q, *k, *v;     // [CHUNK, kp], [CHUNK, kp], [ratio, CHUNK, vp]
     float *alpha, *beta;  // [ratio, CHUNK]
+    float *q_scale, *k_scale; // [CHUNK], what q and k of a token are multiplied by to be normalised
     float* kq;            // [CHUNK], k . q
     float* out;           // [CHUNK, vp]
 
@@ -94,8 +95,8 @@ struct Unit {
 
 static int64_t unit_bytes(const Call& c) {
     const int64_t ratio = c.hv / c.hk, kp = up(c.k, VL), vp = up(c.v, VL), channels = 2 * kp + ratio * vp;
-    const int64_t floats = CHUNK * (2 * kp + ratio * vp + 2 * ratio + 1 + vp) + (c.width + 1) * channels;
-    return 4 * floats + int64_t(sizeof(Segment)) * (2 + ratio) + 4 * c.width * channels + 64 * (16 + ratio);
+    const int64_t floats = CHUNK * (2 * kp + ratio * vp + 2 * ratio + 3 + vp) + (c.width + 1) * channels;
+    return 4 * floats + int64_t(sizeof(Segment)) * (2 + ratio) + 4 * c.width * channels + 64 * (18 + ratio);
 }
 
 #if VL == 16
@@ -212,16 +213,15 @@ template <class IO> static void convolve(const Unit& u, const Segment& g, int64_
     }
 }
 
-static void normalise(float* x, int64_t n, int64_t kp, float scale) {
+static void scales(const float* x, int64_t n, int64_t kp, float scale, float* to) {
     for (int64_t t = 0; t < n; t++, x += kp) {
         vf s = {};
         for (int64_t i = 0; i < kp; i += VL) s = load(x + i) * load(x + i) + s;
-        const float f = scale / std::sqrt(sum(s) + EPS);
-        for (int64_t i = 0; i < kp; i += VL) store(x + i, load(x + i) * f);
+        to[t] = scale / std::sqrt(sum(s) + EPS);
     }
 }
 
-// q and k normalised, v, gates, and z copied, for tokens t0 .. t0 + n - 1 of the sequence.
+// q and k and their scales, v, gates, and z copied, for tokens t0 .. t0 + n - 1 of the sequence.
 template <class IO> static void prepare(const Unit& u, int64_t t0, int64_t n) {
     const Call& c = *u.c;
     const int64_t head = u.group * u.ratio, bytes = u.ratio * c.v * int64_t(sizeof(IO));
@@ -247,8 +247,8 @@ template <class IO> static void prepare(const Unit& u, int64_t t0, int64_t n) {
             }
         }
     }
-    normalise(u.q, n, u.kp, 1.0f / std::sqrt(float(c.k)));
-    normalise(u.k, n, u.kp, 1.0f);
+    scales(u.q, n, u.kp, 1.0f / std::sqrt(float(c.k)), u.q_scale);
+    scales(u.k, n, u.kp, 1.0f, u.k_scale);
     for (int64_t h = 0; h < u.ratio; h++) {
         const float rate = -std::exp(any(c.a_log, c.a_log_type, head + h)), shift = any(c.dt_bias, c.dt_bias_type, head + h);
         for (int64_t t = 0; t < n; t += VL) {
@@ -299,6 +299,8 @@ template <class IO> static void begin(Unit& u, Arena& arena) {
     u.v = arena.take<float>(u.ratio * CHUNK * u.vp);
     u.alpha = arena.take<float>(u.ratio * CHUNK);
     u.beta = arena.take<float>(u.ratio * CHUNK);
+    u.q_scale = arena.take<float>(CHUNK);
+    u.k_scale = arena.take<float>(CHUNK);
     u.kq = arena.take<float>(CHUNK);
     u.out = arena.take<float>(CHUNK * u.vp);
     u.segment = arena.take<Segment>(u.segments);

@@ -106,6 +106,11 @@ template <class IO> static void put_out(const Unit& u, int64_t head, int64_t t0,
     }
 }
 
+static void normalise(float* x, int64_t n, int64_t kp, const float* scale) {
+    for (int64_t t = 0; t < n; t++, x += kp)
+        for (int64_t i = 0; i < kp; i += VL) store(x + i, load(x + i) * scale[t]);
+}
+
 template <class IO> static void run_steps(const Unit& u, Arena& arena) {
     const Call& c = *u.c;
     const Sequence& s = *u.s;
@@ -117,6 +122,8 @@ template <class IO> static void run_steps(const Unit& u, Arena& arena) {
     for (int64_t t0 = 0; t0 < s.count; t0 += CHUNK) {
         const int64_t n = s.count - t0 < CHUNK ? s.count - t0 : CHUNK;
         prepare<IO>(u, t0, n);
+        normalise(u.q, n, u.kp, u.q_scale);
+        normalise(u.k, n, u.kp, u.k_scale);
         if (t0 + n == s.count) {
             expect_unit(*u.work, u.next);
             expect_rows(*u.work, u.next);

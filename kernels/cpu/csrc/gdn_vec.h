@@ -35,8 +35,9 @@ static inline float one(BF16 x) { return bits_as<float>(uint32_t(x.bits) << 16);
 static inline float one(FP16 x) {
     const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
     if (rest >= 0x7c00) return bits_as<float>(sign | 0x7f800000u | (rest & 0x3ff) << 13);
-    // 2^112 rebiases the exponent and makes subnormals come out right.
-    const float y = bits_as<float>(rest << 13) * bits_as<float>(uint32_t(127 + 112) << 23);
+    // Subnormal numbers are multiples of 2^-24; shifted like the others they would be subnormal floats, which count as zero
+    // here (see run()). 2^112 rebiases the exponent of the others.
+    const float y = rest < 0x400 ? float(rest) * 0x1p-24f : bits_as<float>(rest << 13) * 0x1p112f;
     return bits_as<float>(bits_as<uint32_t>(y) | sign);
 }
 

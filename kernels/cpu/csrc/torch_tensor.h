@@ -50,6 +50,8 @@ struct Tensor {
     // Dense from dimension `first` on.
     bool dense(int64_t first = 0) const {
         int64_t expected = 1;
+        for (int64_t i = 0; i < rank; i++)
+            if (!sizes[i]) return true;  // any strides: numpy gives zeros
         for (int64_t i = rank - 1; i >= first; i--) {
             if (sizes[i] != 1 && strides[i] != expected) return false;
             expected *= sizes[i];

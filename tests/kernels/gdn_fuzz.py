@@ -46,7 +46,7 @@ class Call:
     def __str__(self) -> str:
         a = self.arguments
         heads = [a[n] for n in ("num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim", "tp_size")]
-        kinds = [("spec " if s.spec else "") + ("" if s.live else "dead ") + str(len(s.x)) for s in self.sequences]
+        kinds = [f"{'spec ' * s.spec}{'dead ' * (not s.live)}{len(s.x)}" for s in self.sequences]
         return (
             f"seed {self.seed}: heads {heads} width {a['conv_weights'].shape[1]} {a['z'].dtype} state "
             f"{a['ssm_state'].dtype} flat {a['reorder_input']}, tokens {kinds}, null {a['null_slot']}"
@@ -75,7 +75,7 @@ class _Draw:
         return options[int(self.rng.integers(len(options)))]
 
     def maybe(self, chance: float) -> bool:
-        return bool(self.rng.random() < chance)
+        return self.rng.random() < chance
 
     def normal(self, dtype: torch.dtype, *shape: int, scale: float = 1.0) -> np.ndarray:
         """Normal numbers as this dtype holds them, in float64."""
@@ -155,10 +155,8 @@ def make(seed: int, limits: Limits | None = None) -> Call:
 
 
 def _lengths(d: _Draw, has: Limits) -> list[int]:
-    found: list[int] = []
-    for _ in range(int(d.rng.integers(0, has.most_seqs + 1))):
-        found.append(min(d.one_of(has.lengths), has.most_tokens - sum(found)))
-    return found
+    found = [d.one_of(has.lengths) for _ in range(int(d.rng.integers(0, has.most_seqs + 1)))]
+    return [min(n, max(0, has.most_tokens - sum(found[:i]))) for i, n in enumerate(found)]
 
 
 def _metadata(
@@ -224,18 +222,18 @@ def _metadata(
         "num_decodes": plain - prefills,
         "num_spec_decodes": len(spec),
         "has_initial_state": None if known is None else torch.tensor([*known, *[True] * (2 * long)]),
-        "non_spec_query_start_loc": None if ones or not first else _index(d, _starts(first), long),
+        "non_spec_query_start_loc": None if ones or not first else _index(d, _ends(first), long),
         "non_spec_state_indices_tensor": _index(d, index, long) if first else None,
         "source_state_indices": _index(d, sources, long) if apart and first else None,
         "checkpoint_token_indx": _index(d, [t for t, _ in checkpoints]) if checkpoints else None,
         "checkpoint_state_indices": _index(d, [to for _, to in checkpoints]) if checkpoints else None,
-        "spec_query_start_loc": _index(d, _starts(spec), long) if spec else None,
+        "spec_query_start_loc": _index(d, _ends(spec), long) if spec else None,
         "spec_state_indices_tensor": torch.from_numpy(table).to(d.one_of((torch.int32, torch.int64))) if spec else None,
         "num_accepted_tokens": _index(d, accepted, long) if spec else None,
     }
 
 
-def _starts(sequences: list[Sequence]) -> list[int]:
+def _ends(sequences: list[Sequence]) -> list[int]:
     return np.cumsum([0, *(len(s.x) for s in sequences)]).tolist()
 
 
@@ -245,18 +243,16 @@ def _index(d: _Draw, values: list[int], long: bool = False) -> Tensor:
 
 def _rows(d: _Draw, sequences: list[Sequence], plain: int, given: dict[str, Any]) -> tuple[list[list[int]], int]:
     """The row of every token, and how many rows there are; adds token indices and num_actual_tokens to `given`."""
-    counts = [len(s.x) for s in sequences]
-    tokens, padding = sum(counts), d.one_of((0, 0, 1, 5))
+    ends = _ends(sequences)
+    tokens, padding = ends[-1], d.one_of((0, 0, 1, 5))
     mixed = 0 < plain < len(sequences)
     places = list(range(tokens))
     if mixed or d.maybe(0.3):
         places = d.rng.permutation(tokens).tolist()
-        count = sum(counts[:plain])
         kind = d.one_of((torch.int32, torch.int64))
-        given["non_spec_token_indx"] = torch.tensor(places[:count], dtype=kind) if plain else None
-        given["spec_token_indx"] = torch.tensor(places[count:], dtype=kind) if plain < len(sequences) else None
+        given["non_spec_token_indx"] = torch.tensor(places[: ends[plain]], dtype=kind) if plain else None
+        given["spec_token_indx"] = torch.tensor(places[ends[plain] :], dtype=kind) if plain < len(sequences) else None
     given["num_actual_tokens"] = tokens if padding or d.maybe(0.5) else None
-    ends = np.cumsum([0, *counts]).tolist()
     return [places[a:b] for a, b in pairwise(ends)], tokens + padding
 
 

@@ -16,7 +16,12 @@ fuzz = importlib.util.module_from_spec(spec)
 sys.modules["gdn_fuzz"] = fuzz  # dataclasses look their module up
 spec.loader.exec_module(fuzz)
 
-pytestmark = pytest.mark.usefixtures("products")
+pytestmark = [
+    pytest.mark.usefixtures("products"),
+    # silu(-100) is -100 over an infinite number, which is right.
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
+]
+SLACK = 1.5  # q and k are rounded once more when they are normalised
 LIMITS = fuzz.Limits(
     dims=(16, 32, 64),
     widths=(1, 2, 3, 4, 5),
@@ -35,7 +40,7 @@ def test_random_calls(seed: int) -> None:
     written = fuzz.own(call)
     gdn.gdn_attention(**written)
     names = ("core_attn_out", "z", "conv_state", "ssm_state")
-    assert fuzz.wrong(call, {name: written[name] for name in names}, fuzz.expected(call)) is None, str(call)
+    assert fuzz.wrong(call, {name: written[name] for name in names}, fuzz.expected(call), SLACK) is None, str(call)
     again = fuzz.own(call)
     gdn.gdn_attention(**again)
     for name in names:

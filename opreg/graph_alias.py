@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from opreg.graph_plan import Plan
 
 
-def _is_view(node: Any) -> bool:
+def is_view(node: Any) -> bool:
     """Whether a node can be computed again instead of being passed on: it reads no data and writes none."""
     if node.op not in ("call_function", "call_method"):
         return False
@@ -71,7 +71,7 @@ class _Classes:
         mine, theirs = self._storages_of(node), self._storages_of(other)
         if mine is None or theirs is None:
             source = node.kwargs.get("out", node.args[0] if node.args else None)
-            return source is other and (_is_view(node) or _returns_argument(node))
+            return source is other and (is_view(node) or _returns_argument(node))
         return not mine.isdisjoint(theirs)
 
     def parent(self, node: Any) -> Any:
@@ -108,7 +108,7 @@ class _Classes:
             node = parent
         for child, parent in reversed(path):
             root, chain, same = self.known[parent]
-            if _is_view(child):
+            if is_view(child):
                 self.known[child] = (root, False if chain is False else (chain, child), child)
             elif _returns_argument(child):
                 self.known[child] = (root, chain, same)

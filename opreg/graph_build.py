@@ -14,6 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from opreg import registry
+from opreg.graph_gradients import kept
 from opreg.graph_key import Keys
 from opreg.graph_lift import Lifted, overload_of
 from opreg.graph_ops import value_of
@@ -36,6 +37,8 @@ def build_piece(keys: Keys, piece: Piece, root: Any, shared: bool) -> GraphModul
             new.meta.pop("tensor_dict", None)
         if node.op == "get_attr":
             new.meta["example_value"] = keys.attribute(node.target)
+        elif node in piece.detached:
+            new.meta["example_value"] = value_of(node).detach()
 
     for step in piece.steps:
         target, args, kwargs = step.target, step.args, step.kwargs
@@ -52,7 +55,7 @@ def build_piece(keys: Keys, piece: Piece, root: Any, shared: bool) -> GraphModul
         if step.op in ("call_module", "get_attr"):
             owned[str(step.target)] = keys.attribute(step.target)
         made[step] = new
-    graph.output(tuple([made[n] for n in piece.exports]))
+    graph.output(tuple(graph.call_method("detach", (made[n],)) if n in piece.cut else made[n] for n in piece.exports))
     # Its Python code is written when it is first called; Inductor needs none, and writing it takes the longest.
     module = _LazyGraphModule(_Owner(owned), graph, class_name=f"Piece{piece.index}")
     module.meta.update(getattr(root, "meta", {}))
@@ -198,6 +201,11 @@ class Stitcher:
         used: list[str] = []
         args = [self.arg(n, used, {}) for n in piece.inputs]
         outs = [self.name(n) for n in piece.exports]
+        for i, node in enumerate(piece.inputs if piece.detached or piece.copied else ()):
+            if node in piece.detached and not self._comes_detached(node):
+                args[i] = f"{args[i]}.detach()"
+            if node in piece.copied:
+                args[i] = f"{self.bind(kept)}({args[i]})"
         boxed = getattr(run, "boxed", None)
         call = (
             f"{self.bind(run, 'p')}({', '.join(args)})"
@@ -206,6 +214,14 @@ class Stitcher:
         )
         self.lines.append(f"{', '.join(outs)}, = {call}" if outs else call)
         self.used.append(used + outs)
+        for node, name in zip(piece.exports, outs, strict=True):
+            if node in piece.copied:
+                self.lines.append(f"{name} = {self.bind(kept)}({name})")
+                self.used.append([name])
+
+    def _comes_detached(self, node: Any) -> bool:
+        home = self.plan.piece_of.get(node)
+        return home is not None and node in self.plan.pieces[home].cut
 
     def function(self, runs: dict[int, Callable[..., Any]]) -> Callable[..., Any]:
         """Generate and compile the function; `runs` maps the index of a compiled piece to its callable."""

@@ -11,6 +11,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 
+from opreg.graph_gradients import gradients_of
 from opreg.graph_meta import constant, fake_key, meta_key, symbols_in
 from opreg.graph_ops import OpFacts, name_of, storages, value_of
 from opreg.graph_plan import Piece, Plan, Step
@@ -32,6 +33,7 @@ CALL, METHOD, MODULE, ATTR = Mark("call"), Mark("method"), Mark("module"), Mark(
 TUPLE, LIST, DICT, SLICE, END, KWARGS, HOLE = (Mark(t) for t in ("(", "[", "{", "slice", ")", "**", "?"))
 _LOCAL: list[Mark] = []
 _INPUT: list[Mark] = []
+_CUT: list[Mark] = []
 
 
 def _marks(kept: list[Mark], letter: str, count: int) -> list[Mark]:
@@ -73,6 +75,7 @@ class Keys:
         self._numbers: dict[Any, int] = {}
         self._facts: dict[Any, bool] = {}
         self._symbols: dict[Any, tuple[set[Any], set[Any]]] = {}
+        self.gradients = gradients_of(plan)
         self._writers = {plan.piece_of.get(node) for node, _ in plan.mutations}
 
     def run(self) -> None:
@@ -92,7 +95,14 @@ class Keys:
             at = steps.index if len(found) < 5 else {step: i for i, step in enumerate(steps)}.__getitem__
             places = sorted([at(node) for node in found])
             piece.exports = [steps[i] for i in places]
-            piece.key = (body, tuple([_LOCAL[i] for i in places]), holes)
+            ends = [_LOCAL[i] for i in places]
+            if self.gradients is not None and not piece.split:
+                self.gradients.cut(piece)
+                self.gradients.copy(piece)
+                if piece.cut:
+                    cuts = _marks(_CUT, "detached %", max(places) + 1)
+                    ends = [cuts[i] if steps[i] in piece.cut else _LOCAL[i] for i in places]
+            piece.key = (body, tuple(ends), holes)
 
     def outside(self, values: Iterable[Any], tail: Iterable[Any]) -> None:
         """Mark what the graph's output, and the views made again for it, need from the pieces."""
@@ -129,7 +139,9 @@ class Keys:
         if self.plan.symbols and not piece.split:
             inputs += self._unbound(inputs)
         piece.inputs = inputs
-        kinds = () if piece.split else tuple([self._kind(n) for n in inputs])
+        if self.gradients is not None and not piece.split:
+            self.gradients.detach(piece)
+        kinds = () if piece.split else tuple([self._kind(n, n in piece.detached) for n in inputs])
         # A compiler treats inputs that share storage apart where one of them is written.
         shared = _shared(inputs) if piece.index in self._writers and not piece.split else None
         content = (tokens, kinds, shared)
@@ -254,15 +266,18 @@ class Keys:
             owner = getattr(owner, part)
         return owner
 
-    def _kind(self, node: Any) -> int:
+    def _kind(self, node: Any, detached: bool) -> int:
         """A number for what a compiler may specialise on in one input, so that little is kept of a graph's many."""
-        found = self._kind_of.get(node)
+        key = (node, True) if detached else node
+        found = self._kind_of.get(key)
         if found is None:
             value = value_of(node)
             if value is None and node.op == "get_attr":
                 value = self.attribute(node.target)
+            if detached:
+                value = value.detach()
             meta = fake_key(value) if type(value) is FakeTensor else meta_key(value)
-            found = self._kind_of[node] = self._numbers.setdefault(meta, len(self._kinds))
+            found = self._kind_of[key] = self._numbers.setdefault(meta, len(self._kinds))
             if found == len(self._kinds):
                 self._kinds.append(meta)
         return found

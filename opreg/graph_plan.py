@@ -42,7 +42,20 @@ class Step:
 class Piece:
     """Nodes that run together. `steps` is what runs: views made again, regions entered, the nodes, regions left."""
 
-    __slots__ = ("exports", "index", "inputs", "key", "lifts", "nodes", "split", "spots", "steps")
+    __slots__ = (
+        "copied",
+        "cut",
+        "detached",
+        "exports",
+        "index",
+        "inputs",
+        "key",
+        "lifts",
+        "nodes",
+        "split",
+        "spots",
+        "steps",
+    )
 
     def __init__(self, index: int, split: bool) -> None:
         self.index = index
@@ -56,6 +69,11 @@ class Piece:
         self.spots: list[tuple[Any, Any]] = []
         self.lifts: dict[Any, tuple[Any, dict[Any, Any]]] = {}
         self.key: Any = None
+        # Where gradients are wanted: inputs that come in without one, results that go out without one, and both kinds
+        # of values that cross as a copy.
+        self.detached: frozenset[Any] = frozenset()
+        self.cut: frozenset[Any] = frozenset()
+        self.copied: frozenset[Any] = frozenset()
 
 
 class Plan:

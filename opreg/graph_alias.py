@@ -50,7 +50,7 @@ def _name(node: Any) -> str:
     return name_of(node.target).rpartition("::")[2].partition(".")[0]
 
 
-class _Classes:
+class Classes:
     """Roots, and the chain of views from the root, of nodes that share storage; each node is looked at once."""
 
     def __init__(self) -> None:
@@ -119,10 +119,10 @@ class _Classes:
 
 def replay_views(plan: Plan) -> None:
     """Find storages that are written and seen through several tensors across borders, and make their views again."""
-    classes = _Classes()
+    classes = Classes()
     done: set[Any] = set()
     for node, written in plan.mutations:
-        for arg in _nodes_in(written):
+        for arg in nodes_in(written):
             root = classes.find(arg)[0]
             if root in done:
                 continue
@@ -156,9 +156,10 @@ def _replay(plan: Plan, writer: Any, member: Any, found: Any) -> None:
         plan.make_again(chain, index)
 
 
-def _nodes_in(value: Any) -> list[Any]:
+def nodes_in(value: Any) -> list[Any]:
+    """All nodes in a nest of tuples and lists."""
     if isinstance(value, Node):
         return [value]
     if isinstance(value, tuple | list):
-        return [n for v in value for n in _nodes_in(v)]
+        return [n for v in value for n in nodes_in(v)]
     return []

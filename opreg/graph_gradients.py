@@ -9,6 +9,7 @@ A graph without a write, or without a gradient, needs neither and is not looked 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import BuiltinFunctionType
 from typing import Any
 
@@ -18,89 +19,104 @@ from torch._subclasses import FakeTensor
 from torch.fx import Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from opreg.graph_alias import is_view
+from opreg.graph_alias import Classes, is_view, nodes_in
 from opreg.graph_ops import FACTORIES, RESHAPING, SET_GRAD, name_of, storages, value_of
 from opreg.graph_plan import Piece, Plan
 
 
 class Gradients:
-    """Facts about the storages of one graph, each found in one pass over it from its end to its start."""
+    """Facts about the values of one graph, found in one pass over it from its end to its start.
+
+    Values that share storage which is written count as one; all others stand for themselves."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self._owners: dict[Any, frozenset[int] | None] = {}
-        # storage -> the last piece at whose start the gradient of what it holds matters; results count as a piece.
-        self._until: dict[int, int] = {}
-        # storage -> the last piece that writes it, and all pieces that write which storage.
-        self._written: dict[int, int] = {}
-        self._writers: set[tuple[int, int]] = set()
+        self.plain = True
+        self._opaque: dict[Any, bool] = {}
+        self._owner: dict[Any, Any] = {}
+        # value -> the last piece at whose start its gradient matters; the graph's results count as a piece.
+        self._until: dict[Any, int] = {}
+        # value -> the last piece that writes it, and all pieces that write which value.
+        self._written: dict[Any, int] = {}
+        self._writers: set[tuple[int, Any]] = set()
         self._writes: dict[Any, list[Any]] = {}
-        for node, written in plan.mutations:
-            targets = _nodes_in(written)
-            self._writes.setdefault(node, []).extend(targets)
-            index = plan.piece_of.get(node, -1)
-            for storage in self._storages(targets):
-                self._written[storage] = max(index, self._written.get(storage, -1))
-                self._writers.add((index, storage))
+        self._outside: dict[int, list[Any]] = {}
+        self._group()
         end = len(plan.pieces)
         # What comes from outside can be seen there afterwards.
         self._mark([n for n in plan.graph.nodes if n.op in ("placeholder", "get_attr")], end)
-        self._mark(plan.output.all_input_nodes if plan.output is not None else [], end)
+        self._mark(plan.output.all_input_nodes if plan.output is not None else (), end)
         for step in reversed(plan.tail):
             self._visit(step, end)
         for piece in reversed(plan.pieces):
             for step in reversed(piece.steps):
                 self._visit(step, piece.index)
 
-    def owners(self, node: Any) -> frozenset[int] | None:
-        """The storages of a node's value; None where the graph has no value for it."""
-        found = self._owners.get(node, False)
-        if found is False:
-            value = value_of(node)
-            known = value is not None or node.op not in ("get_attr", "placeholder")
-            found = self._owners[node] = storages(value) if known else None
-        return found  # type: ignore[return-value]
+    def _group(self) -> None:
+        """Find what shares storage with what is written, and who writes it."""
+        classes, owner = Classes(), self._owner
+        for node, written in self.plan.mutations:
+            targets = self._writes.setdefault(node, [])
+            targets += nodes_in(written)
+            index = self.plan.piece_of.get(node, -1)
+            for target in targets:
+                if target not in owner:
+                    root = classes.find(target)[0]
+                    for other in [root, *self._aliases(root)]:
+                        owner.update(dict.fromkeys(classes.members(other), root))
+                    owner.setdefault(target, root)
+                known = owner[target]
+                self._written[known] = max(index, self._written.get(known, -1))
+                self._writers.add((index, known))
 
-    def _storages(self, nodes: list[Any]) -> set[int]:
-        return {s for node in nodes for s in self.owners(node) or ()}
+    def _aliases(self, root: Any) -> list[Any]:
+        """The inputs of the graph that share storage with `root`, if that is one."""
+        if root.op != "placeholder":
+            return []
+        if not self._outside:
+            for node in self.plan.placeholders:
+                for storage in storages(value_of(node)):
+                    self._outside.setdefault(storage, []).append(node)
+        return [node for storage in storages(value_of(root)) for node in self._outside[storage]]
 
-    def _mark(self, nodes: list[Any], index: int) -> None:
+    def _mark(self, nodes: Iterable[Any], index: int) -> None:
+        owner, until = self._owner, self._until
         for node in nodes:
-            for storage in self.owners(node) or ():
-                self._until.setdefault(storage, index)
+            until.setdefault(owner.get(node, node), index)
 
     def _visit(self, step: Any, index: int) -> None:
-        args = step.all_input_nodes if isinstance(step, Node) else _nodes_in(step.args)
-        if args and self._matters(step, args):
+        args = step.all_input_nodes if isinstance(step, Node) else nodes_in(step.args)
+        if args and self._matters(step):
             self._mark(args, index)
 
-    def _matters(self, step: Any, args: list[Any]) -> bool:
+    def _matters(self, step: Any) -> bool:
         """Whether the gradient of something a step computes or writes is needed, so that those of its inputs are."""
-        until = self._until
-        if str(getattr(step.target, "__module__", None)).startswith("torch.autograd"):
-            return True
-        touched: list[Any] = self._writes.get(step, [])
-        if _is_opaque(step):
-            touched = [*touched, *args]
-        for node in touched:
-            owners = self.owners(node)
-            if owners is None or any(s in until for s in owners):
-                return True
         value = value_of(step)
-        if value is None:
-            return "example_value" not in step.meta and "val" not in step.meta
-        if not _wants_gradient(value):
-            return False
-        owners = storages(value)
-        return not owners or any(s in until for s in owners)
+        if type(value) is FakeTensor:
+            wants = value.requires_grad
+        elif value is None:
+            wants = "example_value" not in step.meta and "val" not in step.meta
+            if wants:
+                return True
+        else:
+            # What a subclass holds is not in its storage, and its views cannot be told.
+            self.plain = self.plain and not is_traceable_wrapper_subclass(value)
+            wants = _wants_gradient(value)
+        if wants and self._owner.get(step, step) in self._until:
+            return True
+        if any(self._owner[target] in self._until for target in self._writes.get(step, ())):
+            return True
+        opaque = self._opaque.get(step.target)
+        if opaque is None:
+            opaque = self._opaque[step.target] = _is_opaque(step.op, step.target)
+        return opaque
 
     def ends_before(self, node: Any, index: int) -> bool:
         """Whether a value has a gradient that does not matter any more at the start of piece `index`."""
-        owners = self.owners(node)
         value = value_of(node)
-        if not owners or not isinstance(value, torch.Tensor) or not value.requires_grad:
+        if not isinstance(value, torch.Tensor) or not value.requires_grad:
             return False
-        return all(self._until.get(s, -1) < index for s in owners)
+        return self._until.get(self._owner.get(node, node), -1) < index
 
     def detach(self, piece: Piece) -> None:
         """Choose the inputs of a compiled piece that go in without a gradient."""
@@ -112,34 +128,26 @@ class Gradients:
 
     def copy(self, piece: Piece) -> None:
         """Choose what a compiled piece takes or gives as a copy, because a later one writes what it may have kept."""
-        if not self._is_trained(piece):
+        taken, given = ([self._owner.get(n, n) for n in nodes] for nodes in (piece.inputs, piece.exports))
+        written = {known for known in (*taken, *given) if self._written.get(known, -1) > piece.index}
+        if not written or not self._is_trained(piece):
             return
-        given = [self.owners(n) or frozenset() for n in piece.exports]
-        taken = self._storages(piece.inputs)
-        out = frozenset().union(*given)
-        piece.copied = frozenset(
+        # What the piece itself writes its compiler has kept apart, and a view that it gives must stay one.
+        copied = [
             node
-            for node in piece.inputs
-            for owners in [self.owners(node) or frozenset()]
-            # What the piece itself writes its compiler has kept apart, and a view that it gives must stay one.
-            if self._written_after(owners, piece)
-            and not any((piece.index, s) in self._writers or s in out for s in owners)
-        )
-        piece.copied |= frozenset(
+            for node, known in zip(piece.inputs, taken, strict=True)
+            if known in written and known not in given and (piece.index, known) not in self._writers
+        ]
+        copied += [
             node
-            for node, owners in zip(piece.exports, given, strict=True)
-            if self._written_after(owners, piece)
-            and taken.isdisjoint(owners)
-            and sum(not owners.isdisjoint(other) for other in given) == 1
-            and not self._is_buffer(node, piece)
-        )
-
-    def _written_after(self, owners: frozenset[int], piece: Piece) -> bool:
-        return any(self._written.get(s, -1) > piece.index for s in owners)
+            for node, known in zip(piece.exports, given, strict=True)
+            if known in written and known not in taken and given.count(known) == 1 and not self._is_buffer(node, piece)
+        ]
+        piece.copied = frozenset(copied)
 
     def _is_trained(self, piece: Piece) -> bool:
         """Whether a piece has a backward."""
-        written = [n for n in piece.inputs if any((piece.index, s) in self._writers for s in self.owners(n) or ())]
+        written = (n for n in piece.inputs if (piece.index, self._owner.get(n, n)) in self._writers)
         results = [n for n in piece.exports if n not in piece.cut] + [n for n in written if n not in piece.detached]
         return any(_wants_gradient(value_of(n)) for n in results)
 
@@ -164,13 +172,10 @@ def gradients_of(plan: Plan) -> Gradients | None:
         return None
     if any(name_of(node.target) in RESHAPING for node, _ in plan.mutations):
         return None  # the storage a value has after it is not the one it had
-    trained = False
-    for node in plan.graph.nodes:
-        value = value_of(node)
-        trained = trained or _wants_gradient(value)
-        if isinstance(value, torch.Tensor) and type(value) is not FakeTensor and is_traceable_wrapper_subclass(value):
-            return None  # what it holds is not in its storage
-    return Gradients(plan) if trained else None
+    if not any(_wants_gradient(value_of(n)) for n in plan.graph.nodes if n.op in ("placeholder", "get_attr")):
+        return None
+    found = Gradients(plan)
+    return found if found.plain else None
 
 
 def kept(value: torch.Tensor) -> torch.Tensor:
@@ -190,20 +195,13 @@ def _wants_gradient(value: Any) -> bool:
     return isinstance(value, tuple | list) and any(_wants_gradient(v) for v in value)
 
 
-def _is_opaque(step: Any) -> bool:
-    """Whether a call may write any of its arguments, for all that is known of it."""
-    if step.op in ("call_method", "get_attr"):
+def _is_opaque(op: str, target: Any) -> bool:
+    """Whether a call may write any of its arguments, or want their gradients, for all that is known of it."""
+    if op in ("call_method", "get_attr") or target is SET_GRAD:
         return False
-    target = step.target
-    if step.op == "call_module" or isinstance(target, HigherOrderOperator):
+    if op == "call_module" or isinstance(target, HigherOrderOperator):
         return True
-    if isinstance(target, OpOverload | OpOverloadPacket | BuiltinFunctionType) or target is SET_GRAD:
+    if isinstance(target, OpOverload | OpOverloadPacket | BuiltinFunctionType):
         return False
     home = str(getattr(target, "__module__", None))
-    return home.partition(".")[0] not in ("torch", "_operator", "math", "builtins")
-
-
-def _nodes_in(value: Any) -> list[Any]:
-    if isinstance(value, tuple | list):
-        return [n for v in value for n in _nodes_in(v)]
-    return [value] if hasattr(value, "all_input_nodes") or hasattr(value, "users") else []
+    return home.startswith("torch.autograd") or home.partition(".")[0] not in ("torch", "_operator", "math", "builtins")

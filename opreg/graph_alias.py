@@ -133,14 +133,18 @@ def replay_views(plan: Plan) -> None:
                 continue
             reshaped = any(m.op == "call_method" and m.target in RESHAPING for m in members)
             for member in crossing:
-                home = plan.piece_of.get(member, -1)
-                if member is not root and home >= 0 and not plan.pieces[home].split:
+                if member is not root and member in plan.piece_of:
                     _replay(plan, node, member, False if reshaped else classes.find(member))
 
 
 def _replay(plan: Plan, writer: Any, member: Any, found: Any) -> None:
     home = plan.piece_of[member]
+    # A piece that is not compiled gives views as they are. Compilers are at their worst with inputs that share storage
+    # and are written (AOTAutograd's synthetic bases fail with gradients), so compiled pieces make those again, too.
+    split = plan.pieces[home].split
     if found is False or found[1] is False:
+        if split:
+            return
         plan.notes.append(
             f"{writer.name} writes storage that {member.name} shares with other tensors, and {member.name} crosses the "
             f"border after piece {home} although it cannot be made again; a copy there would hide the write"
@@ -153,7 +157,8 @@ def _replay(plan: Plan, writer: Any, member: Any, found: Any) -> None:
         chain.append(view)
     plan.instead[member] = same
     for index in plan.elsewhere(member):
-        plan.make_again(chain, index)
+        if not split or (index < len(plan.pieces) and not plan.pieces[index].split):
+            plan.make_again(chain, index)
 
 
 def nodes_in(value: Any) -> list[Any]:

@@ -95,9 +95,10 @@ class Gradients:
         if type(value) is FakeTensor:
             wants = value.requires_grad
         elif value is None:
-            wants = "example_value" not in step.meta and "val" not in step.meta
-            if wants:
+            # Dynamo leaves no value on `x[i] = y`, which returns nothing.
+            if step not in self._writes and "example_value" not in step.meta and "val" not in step.meta:
                 return True
+            wants = False
         else:
             # What a subclass holds is not in its storage, and its views cannot be told.
             self.plain = self.plain and not is_traceable_wrapper_subclass(value)
@@ -106,9 +107,11 @@ class Gradients:
             return True
         if any(self._owner[target] in self._until for target in self._writes.get(step, ())):
             return True
+        if step.op != "call_function":
+            return bool(step.op == "call_module")
         opaque = self._opaque.get(step.target)
         if opaque is None:
-            opaque = self._opaque[step.target] = _is_opaque(step.op, step.target)
+            opaque = self._opaque[step.target] = _is_opaque(step.target)
         return opaque
 
     def ends_before(self, node: Any, index: int) -> bool:
@@ -195,13 +198,11 @@ def _wants_gradient(value: Any) -> bool:
     return isinstance(value, tuple | list) and any(_wants_gradient(v) for v in value)
 
 
-def _is_opaque(op: str, target: Any) -> bool:
-    """Whether a call may write any of its arguments, or want their gradients, for all that is known of it."""
-    if op in ("call_method", "get_attr") or target is SET_GRAD:
-        return False
-    if op == "call_module" or isinstance(target, HigherOrderOperator):
+def _is_opaque(target: Any) -> bool:
+    """Whether a function may write any of its arguments, or want their gradients, for all that is known of it."""
+    if isinstance(target, HigherOrderOperator):
         return True
-    if isinstance(target, OpOverload | OpOverloadPacket | BuiltinFunctionType):
+    if isinstance(target, OpOverload | OpOverloadPacket | BuiltinFunctionType) or target is SET_GRAD:
         return False
     home = str(getattr(target, "__module__", None))
     return home.startswith("torch.autograd") or home.partition(".")[0] not in ("torch", "_operator", "math", "builtins")

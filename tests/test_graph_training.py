@@ -58,6 +58,15 @@ def dead_result(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
     return b * z.sin()
 
 
+def dead_assignment(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    z = y * 2
+    m = torch.relu(z)
+    m[:2] = 3.0
+    b = blend(z, m)
+    b[:2] = 3.0
+    return blend(z, w) * z.sin()
+
+
 def dead_op(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
     # blend keeps t, which is written: its backward must not run because the piece that takes m has one.
     t = w * 1
@@ -130,6 +139,7 @@ def in_a_region(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
 PROGRAMS: list[Callable[..., Any]] = [
     dead_write,
     dead_result,
+    dead_assignment,
     dead_op,
     read_without_gradient,
     recomputed,

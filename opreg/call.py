@@ -16,6 +16,7 @@ from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
 
 from . import context, devices, guard, no_formula
+from .call_cpu import CpuCall
 from .runner import arguments, make_runner, parameters
 from .spec import REQUIRED, OpSpec
 
@@ -260,6 +261,14 @@ class Calls:
         self._complete()
         return self._function(self._any_device("_unchecked_runner", self._cached_run("_unchecked")))
 
+    @functools.cached_property
+    def compiled_on_cpu(self) -> CpuCall:
+        """The same where all tensors are known to be on the CPU."""
+        return CpuCall(self.op.spec, self._defaults, self._keyword_defaults, self.unchecked_runner("cpu"))
+
+    def _cpu_at_first(self, *args: Any, **kwargs: Any) -> Any:
+        return self.unchecked_runner("cpu")(*args, **kwargs)
+
     def runner(self, device_type: str) -> Callable[..., Any]:
         """The runner of a device, made at its first call."""
         run = self.on_meta if device_type == "meta" else make_runner(self.op, device_type)
@@ -279,7 +288,12 @@ class Calls:
         run = self.unchecked.setdefault(device_type, make_runner(self.op, device_type, checked=False))
         if device_type == "cpu":
             self._names["_cpu_unchecked"] = run
+            self._use_on_cpu(run)
         return run
+
+    def _use_on_cpu(self, run: Callable[..., Any]) -> None:
+        if "compiled_on_cpu" in self.__dict__:
+            self.compiled_on_cpu.use(run)
 
     def otherwise(self, fn: Callable[..., Any]) -> None:
         """Make `fn` what users' calls come to where the kernel cannot be called directly, instead of the overload."""
@@ -295,6 +309,7 @@ class Calls:
         self.runners.clear()
         self.unchecked.clear()
         self._names["_cpu"] = self._names["_cpu_unchecked"] = None
+        self._use_on_cpu(self._cpu_at_first)
         for pick in self._picks:
             pick.clear()
 

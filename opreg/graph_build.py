@@ -14,7 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from opreg import registry
-from opreg.graph_gradients import kept
+from opreg.graph_gradients import kept, renew
 from opreg.graph_key import Keys
 from opreg.graph_lift import Lifted, overload_of
 from opreg.graph_ops import value_of
@@ -40,6 +40,9 @@ def build_piece(keys: Keys, piece: Piece, root: Any, shared: bool) -> GraphModul
         elif node in piece.detached:
             new.meta["example_value"] = value_of(node).detach()
 
+    for node in piece.renewed:
+        made[node] = graph.call_method("clone", (made[node],))
+
     for step in piece.steps:
         target, args, kwargs = step.target, step.args, step.kwargs
         if step in piece.lifts:
@@ -55,7 +58,8 @@ def build_piece(keys: Keys, piece: Piece, root: Any, shared: bool) -> GraphModul
         if step.op in ("call_module", "get_attr"):
             owned[str(step.target)] = keys.attribute(step.target)
         made[step] = new
-    graph.output(tuple(graph.call_method("detach", (made[n],)) if n in piece.cut else made[n] for n in piece.exports))
+    results = (*piece.exports, *piece.renewed)
+    graph.output(tuple(graph.call_method("detach", (made[n],)) if n in piece.cut else made[n] for n in results))
     # Its Python code is written when it is first called; Inductor needs none, and writing it takes the longest.
     module = _LazyGraphModule(_Owner(owned), graph, class_name=f"Piece{piece.index}")
     module.meta.update(getattr(root, "meta", {}))
@@ -201,10 +205,13 @@ class Stitcher:
         used: list[str] = []
         args = [self.arg(n, used, {}) for n in piece.inputs]
         outs = [self.name(n) for n in piece.exports]
-        for i, node in enumerate(piece.inputs if piece.detached or piece.copied else ()):
+        renewed: list[tuple[str, str]] = []
+        for i, node in enumerate(piece.inputs if piece.detached or piece.copied or piece.renewed else ()):
             if node in piece.detached and not self._comes_detached(node):
                 args[i] = f"{args[i]}.detach()"
-            if node in piece.copied:
+            if node in piece.renewed:
+                renewed.append((args[i], f"n{len(renewed)}"))
+            if node in piece.copied or node in piece.renewed:
                 args[i] = f"{self.bind(kept)}({args[i]})"
         boxed = getattr(run, "boxed", None)
         call = (
@@ -212,8 +219,12 @@ class Stitcher:
             if boxed is None
             else f"{self.bind(boxed, 'p')}([{', '.join(args)}])"
         )
-        self.lines.append(f"{', '.join(outs)}, = {call}" if outs else call)
+        names = outs + [new for _, new in renewed]
+        self.lines.append(f"{', '.join(names)}, = {call}" if names else call)
         self.used.append(used + outs)
+        for old, new in renewed:
+            self.lines.append(f"{self.bind(renew)}({old}, {new})")
+            self.used.append([*used, new])
         for node, name in zip(piece.exports, outs, strict=True):
             if node in piece.copied:
                 self.lines.append(f"{name} = {self.bind(kept)}({name})")

@@ -4,7 +4,9 @@ To autograd a compiled piece is a single operation. Its backward runs for all of
 its compiler likes, its inputs and results included, where eager code keeps what the formula of each op needs. So
 - a value whose gradient no result of the graph needs crosses a border detached: else the backward of what made it would
   run with zeros, and ask for tensors that were rightly written in the meantime;
-- what a piece that is trained takes or gives, and a later piece writes, is a copy in one of the two.
+- what a piece that is trained takes or gives, and a later piece writes, is a copy in one of the two;
+- what such a piece takes and writes itself it gets as a copy and gives back, to be written from outside: AOTAutograd
+  keeps the old value for the backward and has it overwritten, with an error or, where it wants no gradient, without.
 A graph without a write, or without a gradient, needs neither and is not looked at."""
 
 from __future__ import annotations
@@ -85,7 +87,7 @@ class Gradients:
             until.setdefault(owner.get(node, node), index)
 
     def _visit(self, step: Any, index: int) -> None:
-        args = step.all_input_nodes if isinstance(step, Node) else nodes_in(step.args)
+        args = _inputs_of(step)
         if args and self._matters(step):
             self._mark(args, index)
 
@@ -130,23 +132,43 @@ class Gradients:
         piece.cut = frozenset(n for n in piece.exports if self.ends_before(n, piece.index + 1))
 
     def copy(self, piece: Piece) -> None:
-        """Choose what a compiled piece takes or gives as a copy, because a later one writes what it may have kept."""
+        """Choose what a compiled piece takes or gives as a copy, because it may have kept what it or another writes."""
         taken, given = ([self._owner.get(n, n) for n in nodes] for nodes in (piece.inputs, piece.exports))
-        written = {known for known in (*taken, *given) if self._written.get(known, -1) > piece.index}
+        written = {known for known in (*taken, *given) if self._written.get(known, -1) >= piece.index}
         if not written or not self._is_trained(piece):
             return
-        # What the piece itself writes its compiler has kept apart, and a view that it gives must stay one.
+        # A view that the piece gives must stay one.
         copied = [
             node
             for node, known in zip(piece.inputs, taken, strict=True)
             if known in written and known not in given and (piece.index, known) not in self._writers
         ]
+        piece.renewed = tuple(
+            node
+            for node, known in zip(piece.inputs, taken, strict=True)
+            if (piece.index, known) in self._writers
+            and known not in given
+            and taken.count(known) == 1
+            and self._reads(node, piece)
+        )
+        piece.cut |= frozenset(n for n in piece.renewed if self.ends_before(n, piece.index + 1))
+        written = {known for known in written if self._written[known] > piece.index}
         copied += [
             node
             for node, known in zip(piece.exports, given, strict=True)
             if known in written and known not in taken and given.count(known) == 1 and not self._is_buffer(node, piece)
         ]
         piece.copied = frozenset(copied)
+
+    def _reads(self, node: Any, piece: Piece) -> bool:
+        """Whether a piece, which writes a value, may also keep what it was before."""
+        known = self._owner[node]
+        users = [step for step in piece.steps if any(self._owner.get(a) is known for a in _inputs_of(step))]
+        first = users[0]
+        if first.target in ("copy_", "zero_", "fill_") and first.args[0] is node:
+            return False
+        # Counting, as in `steps.add_(1)`, keeps nothing.
+        return _wants_gradient(value_of(node)) or any(step not in self._writes or step.users for step in users)
 
     def _is_trained(self, piece: Piece) -> bool:
         """Whether a piece has a backward."""
@@ -190,6 +212,16 @@ def kept(value: torch.Tensor) -> torch.Tensor:
             return copy
         extent = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
         return value.as_strided((extent,), (1,)).clone().as_strided(value.shape, value.stride(), 0)
+
+
+def renew(value: torch.Tensor, new: torch.Tensor) -> None:
+    """Write `new` into `value`, for autograd as well."""
+    with torch.enable_grad():
+        value.copy_(new)
+
+
+def _inputs_of(step: Any) -> list[Any]:
+    return step.all_input_nodes if isinstance(step, Node) else nodes_in(step.args)
 
 
 def _wants_gradient(value: Any) -> bool:

@@ -95,13 +95,14 @@ class Keys:
             at = steps.index if len(found) < 5 else {step: i for i, step in enumerate(steps)}.__getitem__
             places = sorted([at(node) for node in found])
             piece.exports = [steps[i] for i in places]
-            ends = [_LOCAL[i] for i in places]
+            ends: list[Any] = [_LOCAL[i] for i in places]
             if self.gradients is not None and not piece.split:
                 self.gradients.cut(piece)
                 self.gradients.copy(piece)
                 if piece.cut:
                     cuts = _marks(_CUT, "detached %", max(places) + 1)
                     ends = [cuts[i] if steps[i] in piece.cut else _LOCAL[i] for i in places]
+                ends += [(_INPUT[piece.inputs.index(node)], node in piece.cut) for node in piece.renewed]
             piece.key = (body, tuple(ends), holes)
 
     def outside(self, values: Iterable[Any], tail: Iterable[Any]) -> None:

@@ -42,20 +42,7 @@ class Step:
 class Piece:
     """Nodes that run together. `steps` is what runs: views made again, regions entered, the nodes, regions left."""
 
-    __slots__ = (
-        "copied",
-        "cut",
-        "detached",
-        "exports",
-        "index",
-        "inputs",
-        "key",
-        "lifts",
-        "nodes",
-        "split",
-        "spots",
-        "steps",
-    )
+    __slots__ = tuple("copied cut detached exports index inputs key lifts nodes renewed split spots steps".split())
 
     def __init__(self, index: int, split: bool) -> None:
         self.index = index
@@ -69,11 +56,12 @@ class Piece:
         self.spots: list[tuple[Any, Any]] = []
         self.lifts: dict[Any, tuple[Any, dict[Any, Any]]] = {}
         self.key: Any = None
-        # Where gradients are wanted: inputs that come in without one, results that go out without one, and both kinds
-        # of values that cross as a copy.
+        # Where gradients are wanted: inputs that come in without one, results that go out without one, both kinds of
+        # values that cross as a copy, and inputs whose new value goes out, to be written where the old one was.
         self.detached: frozenset[Any] = frozenset()
         self.cut: frozenset[Any] = frozenset()
         self.copied: frozenset[Any] = frozenset()
+        self.renewed: tuple[Any, ...] = ()
 
 
 class Plan:

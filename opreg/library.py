@@ -158,6 +158,12 @@ def enter_fake(qualname: str, fn: Callable[..., Any], source: str = "") -> Calla
     return _compat.enter_fake(qualname, fn, source or fn.__module__)
 
 
+def is_implemented(qualname: str, key: str) -> bool:
+    """Whether `implement` or torch.library has registered something under `key`."""
+    namespace, name = split_name(qualname)
+    return f"{namespace}/{name}/{key}" in _IMPLEMENTED
+
+
 def implementations() -> set[str]:
     """The keys "ns/op/DispatchKey" of all implementations registered through torch.library, in torch's own set."""
     return _IMPLEMENTED

@@ -136,6 +136,36 @@ def in_a_region(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
     return b * (t + 0) + u
 
 
+def old_value_kept(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    t = blend(w, y)
+    z = (t + 1) * (t * 2)
+    t.add_(1)
+    return blend(z, y)
+
+
+def old_value_kept_of_a_buffer(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    # AOTAutograd lets t be overwritten before the backward of z has read it, without an error.
+    t = blend(x.detach(), y.detach())
+    z = (t + 1).sin() * w * (t * 2)
+    t.add_(1)
+    return blend(z, y) * t
+
+
+def old_value_multiplied(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    t = blend(x, y)
+    t.mul_(w * 2)
+    a = blend(w, y)
+    return t * 2 + a
+
+
+def written_in_a_region(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    t = blend(x, y)
+    z = (t + 1).sin()
+    with torch.no_grad():
+        t.mul_(2)
+    return blend(z, y) * t
+
+
 PROGRAMS: list[Callable[..., Any]] = [
     dead_write,
     dead_result,
@@ -147,6 +177,10 @@ PROGRAMS: list[Callable[..., Any]] = [
     recomputed_buffer,
     recomputed_view,
     in_a_region,
+    old_value_kept,
+    old_value_kept_of_a_buffer,
+    old_value_multiplied,
+    written_in_a_region,
 ]
 
 
@@ -202,9 +236,9 @@ def test_training_without_a_write_crosses_borders_as_before() -> None:
 
 def test_only_what_needs_it_is_detached_or_copied() -> None:
     split = split_of(recomputed)
-    # Piece 0 gives t as a copy, and piece 2, which reads it, takes one; piece 4, which writes it, takes t itself.
+    # Piece 0 gives t as a copy, and piece 2, which reads it, takes one; piece 4 writes it for the last time.
     assert [(p.index, n.name) for p in split.pieces for n in p.copied] == [(0, "t"), (2, "t")]
-    assert not any(p.detached or p.cut for p in split.pieces)
+    assert not any(p.detached or p.cut for p in split.pieces[:4])
     (dead,) = [p for p in split_of(dead_write).pieces if p.cut]
     assert (dead.index, [n.name for n in dead.cut]) == (0, ["m"])
 
@@ -217,6 +251,19 @@ def test_memory_for_another_piece_is_not_copied() -> None:
         return out * z
 
     assert not any(p.copied for p in split_of(attention).pieces)
+
+
+def test_what_a_piece_overwrites_or_counts_is_written_in_place() -> None:
+    def steps(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+        a, b = blend(x, y), blend(x.detach(), y.detach())
+        z = x.sin()
+        a.copy_(z * 2)
+        b.add_(1)
+        return blend(z, y) * a * b
+
+    pieces = split_of(steps).pieces
+    assert not any(p.renewed for p in pieces)
+    assert [n.name for p in split_of(old_value_kept).pieces for n in p.renewed] == ["t"]
 
 
 def test_pieces_stay_the_same() -> None:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import FunctionType
 from typing import Annotated
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
 from opreg import LayerName, current_layer, forward_context, register_op, use_kernel
+from opreg.call_cpu import CpuCall
 
 D = Annotated[Tensor, "*n"]
 
@@ -52,10 +54,57 @@ def test_calls_the_function_not_the_dispatcher(dynamic):
         assert f"torch.ops.t_lowering.{op}.default(" not in code
 
 
-def test_cpp_wrapper_goes_through_the_overload():
+@register_op("t_lowering::scaled")
+def scaled(x: D, by: float = 2.0) -> D:
+    return x * by
+
+
+def plain(x, by):
+    return x * by + 1
+
+
+scaled.register_kernel("cpu", plain)
+
+
+def test_cpp_wrapper_calls_an_operator_that_calls_the_function():
+    def program(x):
+        return scaled(model(x)) + scaled(x, 3.0)
+
     with forward_context(**CONTEXT):
-        compiled = torch.compile(model, fullgraph=True, options={"cpp_wrapper": True})
-        torch.testing.assert_close(compiled(X), model(X))
+        compiled = torch.compile(program, fullgraph=True, options={"cpp_wrapper": True})
+        expected = program(X)
+        result, (code,) = run_and_get_code(compiled, X)
+        torch.testing.assert_close(result, expected)
+        for op in ("add_one", "both", "attend", "scaled"):
+            assert f'"opreg_compiled_t_lowering::{op}"' in code
+        with use_kernel("t_lowering::scaled", "reference"):
+            torch.testing.assert_close(compiled(X), expected - 2)
+        torch.testing.assert_close(compiled(X), expected)
+
+
+def test_the_function_that_cpp_calls_runs_the_kernel_s_code_where_it_means_the_same():
+    def ran(run, *args, **kwargs):
+        call.use(run)
+        return call.function(*args, **kwargs), call.function.__code__ is run.__code__
+
+    call = CpuCall(scaled.op.spec, (2.0,), {}, plain)
+    assert ran(plain, 1.0) == (3.0, True)
+    assert ran(lambda x, by: x - by, 1.0, 5.0) == (-4.0, True)
+    assert ran(lambda *args: args, 1.0) == ((1.0, 2.0), False)
+    assert ran(lambda x, by, more=7: (x, by, more), 1.0) == ((1.0, 2.0, 7), False)
+    assert ran(lambda x, by, inner=call: x, 1.0) == (1.0, False)
+    assert ran(lambda x, by: (x, by, call.function), 1.0)[1] is False, "a closure"
+    other = FunctionType(plain.__code__, {}, "other")
+    assert ran(other, 1.0) == (3.0, False)
+    call.use(min)
+    assert call.function(1.0) == 1.0
+
+    keyword = CpuCall(both.op.spec, (), {"k": 1}, lambda x, *, k: x + k)
+    assert keyword.function(1) == 2
+    assert keyword.function(1, k=4) == 5
+    keyword.use(lambda x, *, other=3: x)
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        keyword.function(1)
 
 
 def test_a_forced_kernel_is_heeded_inside_a_compiled_graph():
@@ -150,13 +199,14 @@ print("hits", counters["inductor"]["fxgraph_cache_hit"])
 """
 
 
-def test_a_graph_from_the_disk_cache_finds_its_op(tmp_path):
+@pytest.mark.parametrize("cpp", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_graph_from_the_disk_cache_finds_its_op(tmp_path, cpp):
     import os
 
     # Not the folder of the program, which Python searches for modules: Inductor names folders ab, z3, ...
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     script = tmp_path / "program.py"
-    script.write_text(SECOND_PROCESS)
+    script.write_text(SECOND_PROCESS.replace("fullgraph=True", f"fullgraph=True, options={{'cpp_wrapper': {cpp}}}"))
     run = [
         subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=True)
         for _ in range(2)

@@ -35,7 +35,7 @@ class CpuCall:
     def use(self, run: Callable[..., Any]) -> None:
         """Run `run`, which has the op's signature, from now on."""
         self.function.__kwdefaults__ = {**self._keywords, "_run": run}
-        self.function.__code__ = run.__code__ if self._fits(run) else self._through  # type: ignore[attr-defined]
+        self.function.__code__ = run.__code__ if self._fits(run) else self._through
 
     def _fits(self, run: Callable[..., Any]) -> bool:
         """Whether the code of `run` means the same in `function`."""

@@ -100,7 +100,7 @@ class Keys:
                 self.gradients.cut(piece)
                 self.gradients.copy(piece)
                 if piece.cut:
-                    cuts = _marks(_CUT, "detached %", max(places) + 1)
+                    cuts = _marks(_CUT, "detached %", max(places, default=-1) + 1)
                     ends = [cuts[i] if steps[i] in piece.cut else _LOCAL[i] for i in places]
                 ends += [(_INPUT[piece.inputs.index(node)], node in piece.cut) for node in piece.renewed]
             piece.key = (body, tuple(ends), holes)

@@ -142,7 +142,8 @@ class Calls:
             public.__kwdefaults__ = self.public.__kwdefaults__
             self.public = public
         self.entry = self._function(_entry_at_first.__code__)
-        self.traced = FunctionType(_traced.__code__, self._names, self._name)
+        # Code of its own: by that Dynamo tells the functions in a program's closures and arguments apart.
+        self.traced = FunctionType(_traced.__code__.replace(), self._names, self._name)
         if op.spec.layer_arg is not None or op.spec.named is not None:
             self._complete()
             self.traced = self._function(self._code(_PUBLIC.replace("{direct}", ""), operator="_overload"))

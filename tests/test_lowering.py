@@ -212,3 +212,21 @@ def test_a_graph_from_the_disk_cache_finds_its_op(tmp_path, cpp):
         for _ in range(2)
     ]
     assert [p.stdout.strip() for p in run] == ["hits 0", "hits 1"]
+
+
+def test_programs_that_differ_in_their_op_alone_are_compiled_apart():
+    @register_op("t_lowering::plus")
+    def plus(x: D) -> D:
+        return x + 1
+
+    @register_op("t_lowering::times")
+    def times(x: D) -> D:
+        return x * 10
+
+    def program(x, op):
+        return op(x) + 0
+
+    # Neither has been called, so that neither has code written for it.
+    compiled = torch.compile(program, backend="eager", fullgraph=True)
+    assert compiled(torch.ones(1), plus).item() == 2
+    assert compiled(torch.ones(1), times).item() == 10

@@ -142,7 +142,11 @@ class Keys:
         piece.inputs = inputs
         if self.gradients is not None and not piece.split:
             self.gradients.detach(piece)
-        kinds = () if piece.split else tuple([self._kind(n, n in piece.detached) for n in inputs])
+        kinds: tuple[int, ...] = ()
+        if piece.detached:
+            kinds = tuple([self._kind(n, n in piece.detached) for n in inputs])
+        elif not piece.split:
+            kinds = tuple([self._kind(n) for n in inputs])
         # A compiler treats inputs that share storage apart where one of them is written.
         shared = _shared(inputs) if piece.index in self._writers and not piece.split else None
         content = (tokens, kinds, shared)
@@ -267,7 +271,7 @@ class Keys:
             owner = getattr(owner, part)
         return owner
 
-    def _kind(self, node: Any, detached: bool) -> int:
+    def _kind(self, node: Any, detached: bool = False) -> int:
         """A number for what a compiler may specialise on in one input, so that little is kept of a graph's many."""
         key = (node, True) if detached else node
         found = self._kind_of.get(key)

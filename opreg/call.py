@@ -138,7 +138,8 @@ class Calls:
         self._names.update(__builtins__=builtins, _overload=op.overload, _write=self._write)
         self.public = self._function(_public_at_first.__code__)
         if public is not None:
-            public.__code__, public.__defaults__ = self.public.__code__, self.public.__defaults__
+            # Dynamo looks at it before it knows what to trace in its place.
+            public.__code__, public.__defaults__ = self.public.__code__.replace(), self.public.__defaults__
             public.__kwdefaults__ = self.public.__kwdefaults__
             self.public = public
         self.entry = self._function(_entry_at_first.__code__)
@@ -189,7 +190,7 @@ class Calls:
 
     def _rewrite(self) -> None:
         """Give them new code at the next call, with another guard; runners count writes with the guard's help."""
-        self.public.__code__, self.entry.__code__ = _public_at_first.__code__, _entry_at_first.__code__
+        self.public.__code__, self.entry.__code__ = _public_at_first.__code__.replace(), _entry_at_first.__code__
         self.reset()
 
     def _write_with_guard(self) -> Calls:

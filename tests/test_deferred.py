@@ -212,3 +212,18 @@ def test_every_attribute_of_the_spec_is_the_registered_one() -> None:
         made = register_op("t_deferred::pair")(pair)
     # Asked first: it has a default, which an op that is not registered yet must not show.
     assert made.spec.named is _Pair
+
+
+def test_deferred_ops_given_to_one_program_are_compiled_apart() -> None:
+    def plus(x: Tensor) -> Tensor:
+        return x + 1
+
+    def times(x: Tensor) -> Tensor:
+        return x * 10
+
+    with registry.deferred():
+        late = [register_op(f"t_deferred::given_{fn.__name__}")(fn) for fn in (plus, times)]
+    early = [register_op(f"t_deferred::early_{fn.__name__}")(fn) for fn in (plus, times)]
+    compiled = torch.compile(lambda x, op: op(x) + 0, backend="eager", fullgraph=True)
+    x = torch.ones(1)
+    assert [compiled(x, op).item() for op in (*late, *early, *late)] == [2, 10, 2, 10, 2, 10]

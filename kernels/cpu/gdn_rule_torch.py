@@ -24,7 +24,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .gdn_rule import check_rule
+from ..reference.gdn_rule_check import check_rule
 from .gdn_rule_pairs import SOLVED, Inner, Rule, inner_back, inner_of, over_channels
 
 CHUNK = 64

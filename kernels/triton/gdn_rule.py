@@ -1,0 +1,237 @@
+"""The gated delta rule in Triton, for cuda and xpu: what launches the kernels of gdn_rule_step.py and _chunk.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..reference.gdn_rule_check import check_rule
+from .gdn_launch import on_device
+from .gdn_rule_chunk import run_rule, solve_rule
+from .gdn_rule_step import step_rule
+
+AT_MOST = 16
+"""Tokens up to which a call goes token by token. Their number alone decides, so that company changes no bit."""
+_WIDEST = 256
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A call as the kernels read it: any strides, but channels side by side and no negative views."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    decay: Tensor
+    erase: Tensor
+    write: Tensor
+    initial: Tensor | None
+    scale: float
+
+    @property
+    def entries(self) -> int:
+        return self.v.shape[0]
+
+    @property
+    def tokens(self) -> int:
+        return self.v.shape[1]
+
+    @property
+    def heads(self) -> int:
+        return self.v.shape[2]
+
+    @property
+    def width(self) -> int:
+        """Columns of a tile that holds all channels of a key."""
+        return padded(self.k.shape[3])
+
+    @property
+    def io(self) -> torch.dtype:
+        """Of the operands of products with the state.
+
+        float16 has too small a range for states, and TF32 keeps as many digits.
+        """
+        given = {x.dtype for x in (self.q, self.k, self.v)}
+        return torch.bfloat16 if given == {torch.bfloat16} else torch.float32
+
+    @property
+    def precision(self) -> str:
+        """16 bits lose nothing to TF32 that they have not lost already; float32 is the sum of three products."""
+        return "tf32x3" if torch.float32 in (self.q.dtype, self.k.dtype, self.v.dtype) else "tf32"
+
+    def of_keys(self) -> dict[str, Any]:
+        """The arguments of kernels that read keys."""
+        heads = {"HV": self.heads, "RATIO": self.heads // self.k.shape[2], "K": self.k.shape[3], "KP": self.width}
+        gates = {"DECAYS": self.decay.dim() == 4, "ERASES": self.erase.dim() == 4}
+        return {**self._named("q", "k", "decay", "erase"), "scale": self.scale, **heads, **gates}
+
+    def of_values(self) -> dict[str, Any]:
+        """The arguments of kernels that read values."""
+        sizes = {"HV": self.heads, "K": self.k.shape[3], "V": self.v.shape[3], "KP": self.width}
+        return {**self._named("v", "write"), **sizes, "WRITES": self.write.dim() == 4}
+
+    def _named(self, *names: str) -> dict[str, Any]:
+        tensors = {name: getattr(self, name) for name in names}
+        return {**tensors, **{f"{name}_strides": x.stride()[:3] for name, x in tensors.items()}}
+
+
+def padded(n: int) -> int:
+    return max(int(triton.next_power_of_2(n)), 16)
+
+
+def rule_of(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    erase: Tensor,
+    write: Tensor,
+    initial_state: Tensor | None,
+    scale: float | None,
+) -> Rule:
+    """Check a call and make it readable. ValueError for what `opreg::gated_delta_rule` names."""
+    check_rule(q, k, v, decay, erase, write, initial_state)
+    initial = None if initial_state is None else _readable(initial_state).contiguous()
+    tensors = (_readable(x) for x in (q, k, v, decay, erase, write))
+    return Rule(*tensors, initial, k.shape[3] ** -0.5 if scale is None else scale)
+
+
+def _readable(x: Tensor) -> Tensor:
+    """A negative view's memory holds other values; float64 is rounded here, since not every GPU has it."""
+    x = x.resolve_neg()
+    if x.dtype not in _DTYPES:
+        x = x.float()
+    return x.contiguous() if x.dim() == 4 and x.shape[3] > 1 and x.stride(3) != 1 else x
+
+
+def step_rows(rule: Rule) -> int:
+    """Rows of the state [V, K] that one program of `step_rule` keeps: at most 4096 numbers, 32 a thread of 4 warps."""
+    return min(padded(rule.v.shape[3]), 32, 4096 // rule.width)
+
+
+def chunking(rule: Rule) -> dict[str, int]:
+    """C, tokens of a chunk, BV, rows of the state of one program of `run_rule`, and BK, channels at once in others."""
+    most = 2048 if rule.io == torch.float32 else 4096
+    rows = max(16, min(padded(rule.v.shape[3]), 32, most // rule.width))
+    return {"C": 64 if rule.io == torch.bfloat16 else 32, "BV": rows, "BK": min(rule.width, 32)}
+
+
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    erase: Tensor,
+    write: Tensor,
+    initial_state: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run the rule, calls of up to 16 tokens token by token; the arguments are those of `opreg::gated_delta_rule`."""
+    rule = rule_of(q, k, v, decay, erase, write, initial_state, scale)
+    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    shape = (v.shape[0], v.shape[2], v.shape[3], k.shape[3])
+    final = torch.empty(shape, dtype=torch.float32, device=v.device)
+    if final.numel():
+        with on_device(v):
+            (steps if rule.tokens <= AT_MOST else chunks)(rule, out, final)
+    return out, final
+
+
+def steps(rule: Rule, out: Tensor, final: Tensor) -> None:
+    """Token by token."""
+    rows = step_rows(rule)
+    step_rule[(rule.entries * rule.heads * triton.cdiv(rule.v.shape[3], rows),)](
+        **{**rule.of_keys(), **rule.of_values()},
+        initial=rule.initial,
+        out=out,
+        final=final,
+        count=rule.tokens,
+        BV=rows,
+        num_warps=4,
+    )
+
+
+def chunks(rule: Rule, out: Tensor | None, final: Tensor | None) -> None:
+    """Chunk by chunk."""
+    sizes = chunking(rule)
+    run(rule, solve(rule, sizes), sizes, out, final)
+
+
+def solve(rule: Rule, sizes: dict[str, int]) -> dict[str, Tensor]:
+    """What chunks can do alone."""
+    number = triton.cdiv(rule.tokens, sizes["C"])
+    place, c = (rule.entries, rule.heads, number), sizes["C"]
+
+    def new(*shape: int, dtype: torch.dtype = rule.io) -> Tensor:
+        return torch.empty(*place, *shape, dtype=dtype, device=rule.v.device)
+
+    alone = {name: new(c, c) for name in ("solved", "mixed")}
+    alone |= {name: new(c, rule.width) for name in ("left", "asked", "kept")}
+    alone["whole"] = new(rule.width, dtype=torch.float32)
+    solve_rule[(rule.entries * number, rule.heads)](
+        **rule.of_keys(),
+        **alone,
+        count=rule.tokens,
+        chunks=number,
+        BK=sizes["BK"],
+        C=c,
+        PRECISION=rule.precision,
+        num_warps=4,
+    )
+    return alone
+
+
+def run(
+    rule: Rule,
+    alone: dict[str, Tensor],
+    sizes: dict[str, int],
+    out: Tensor | None,
+    final: Tensor | None,
+    marks: Tensor | None = None,
+    corrected: Tensor | None = None,
+) -> None:
+    """The pass over the chunks."""
+    blocks = triton.cdiv(rule.v.shape[3], sizes["BV"])
+    run_rule[(rule.entries * rule.heads * blocks,)](
+        **rule.of_values(),
+        **alone,
+        initial=rule.initial,
+        out=out,
+        final=final,
+        marks=marks,
+        corrected=corrected,
+        count=rule.tokens,
+        chunks=alone["whole"].shape[2],
+        VP=blocks * sizes["BV"],
+        BV=sizes["BV"],
+        C=sizes["C"],
+        PRECISION=rule.precision,
+        STAGES=1,
+        num_warps=8,
+    )
+
+
+def why_not(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    erase: Tensor,
+    write: Tensor,
+    initial_state: Tensor | None = None,
+    scale: float | None = None,
+) -> str | None:
+    """Heads wider than 256, whose state would not fit in the registers."""
+    return _limits(k, v)
+
+
+def _limits(k: Tensor, v: Tensor) -> str | None:
+    for name, x in (("keys", k), ("values", v)):
+        if x.shape[3] > _WIDEST:
+            return f"{name} of {x.shape[3]} channels; at most {_WIDEST}"
+    return None

@@ -115,10 +115,14 @@ def step_rows(rule: Rule) -> int:
 
 
 def chunking(rule: Rule) -> dict[str, int]:
-    """C, tokens of a chunk, BV, rows of the state of one program of `run_rule`, and BK, channels at once in others."""
+    """C, tokens of a chunk, BV, rows of the state of one program of `run_rule`, and BK, channels at once in others.
+
+    With twice the rows, tokens or channels ptxas spills registers for sm_90 (test_gdn_rule_sm90.py).
+    """
     most = 2048 if rule.io == torch.float32 else 4096
     rows = max(16, min(padded(rule.v.shape[3]), 32, most // rule.width))
-    return {"C": 64 if rule.io == torch.bfloat16 else 32, "BV": rows, "BK": min(rule.width, 32)}
+    channels = 16 if rule.decay.dim() == 4 else 32
+    return {"C": 64 if rule.io == torch.bfloat16 else 32, "BV": rows, "BK": min(rule.width, channels)}
 
 
 def gated_delta_rule(
@@ -180,8 +184,9 @@ def solve(rule: Rule, sizes: dict[str, int]) -> dict[str, Tensor]:
         chunks=number,
         BK=sizes["BK"],
         C=c,
+        LEVELS=c.bit_length() - 1,
         PRECISION=rule.precision,
-        num_warps=4,
+        num_warps=8 if c == 64 and rule.decay.dim() == 4 else 4,
     )
     return alone
 
@@ -211,7 +216,7 @@ def run(
         BV=sizes["BV"],
         C=sizes["C"],
         PRECISION=rule.precision,
-        STAGES=1,
+        STAGES=2 if rule.io == torch.bfloat16 else 1,
         num_warps=8,
     )
 

@@ -35,47 +35,58 @@ def finite(g):
 
 
 @triton.jit
-def pairs(r, m: tl.constexpr):
-    """Where row and column lie in the second and the first half of one block of 2*m: [C, C]."""
-    i = r[:, None] // m
-    j = r[None, :] // m
+def pairs(r, level):
+    """Where row and column lie in the second and the first half of one block of 2 * 2**level: [C, C]."""
+    i = r[:, None] >> level
+    j = r[None, :] >> level
     return (i == j + 1) & (j % 2 == 0)
 
 
 @triton.jit
-def spans(r, m: tl.constexpr):
-    """Which decays lie between a token (row) and the border of its block of 2*m: [C, C] of 0 and 1.
+def spans(r, level):
+    """Which decays lie between a token (row) and the border of its block of 2 * 2**level: [C, C] of 0 and 1.
 
     Behind the border those from there to the token, before it those after the token.
     """
     i = r[:, None]
     s = r[None, :]
-    behind = (i // m) % 2 == 1
-    return tl.where((i // m == s // m) & ((behind & (s <= i)) | ((i // m % 2 == 0) & (s > i))), 1.0, 0.0)
+    half = i >> level
+    same = half == (s >> level)
+    return tl.where(same & (((half % 2 == 1) & (s <= i)) | ((half % 2 == 0) & (s > i))), 1.0, 0.0)
 
 
 @triton.jit
-def between(g, r):
+def sums(choice, g, PRECISION: tl.constexpr):
+    """choice times g, choice [C, C] of 0 and 1: those are exact, so that only g comes in parts, two for float32."""
+    if PRECISION == "tf32x3":
+        high = (g.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)  # the 11 digits of TF32
+        found = tl.dot(choice, high, input_precision="tf32")
+        found = tl.dot(choice, g - high, found, input_precision="tf32")
+    else:
+        found = tl.dot(choice, g, input_precision=PRECISION)
+    return found
+
+
+@triton.jit
+def between(g, r, PRECISION: tl.constexpr):
     """exp(sum of g over (j, i]) for j <= i, 0 elsewhere: [C, C] from g [C]."""
     lower = r[:, None] >= r[None, :]
     after = tl.where(r[:, None] > r[None, :], 1.0, 0.0)
-    # In three parts, for it is little work and the sums of a whole chunk.
-    total = tl.dot(tl.where(lower, g[None, :], 0.0), after, input_precision="tf32x3")
+    total = sums(tl.where(lower, 1.0, 0.0), g[:, None] * after, PRECISION)
     return tl.where(lower, tl.exp(total), 0.0)
 
 
 @triton.jit
-def invert(A, r, C: tl.constexpr, PRECISION: tl.constexpr):
+def invert(A, r, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
     """(I + A)^-1 of strictly lower A [C, C]: blocks of m tokens on the diagonal, then pairs of them.
 
     The inverse of [[P, 0], [R, U]] is [[P', 0], [-U' R P', U']]. Every factor is the inverse for some run of tokens,
     with entries of the size of its own; powers of A, as in a Neumann series, grow without bound for equal keys.
     """
-    x = tl.where(r[:, None] == r[None, :], 1.0, 0.0) - tl.where(pairs(r, 1), A, 0.0)
-    for level in tl.static_range(1, 16):
-        if (2 << level) <= C:
-            below = tl.where(pairs(r, 1 << level), A, 0.0)
-            x -= tl.dot(tl.dot(x, below, input_precision=PRECISION), x, input_precision=PRECISION)
+    x = tl.where(r[:, None] == r[None, :], 1.0, 0.0) - tl.where(pairs(r, 0), A, 0.0)
+    for level in tl.static_range(1, LEVELS):
+        below = tl.where(pairs(r, level), A, 0.0)
+        x -= tl.dot(tl.dot(x, below, input_precision=PRECISION), x, input_precision=PRECISION)
     return x
 
 
@@ -104,6 +115,7 @@ def solve_rule(
     KP: tl.constexpr,
     BK: tl.constexpr,
     C: tl.constexpr,
+    LEVELS: tl.constexpr,
     DECAYS: tl.constexpr,
     ERASES: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -113,6 +125,7 @@ def solve_rule(
     solved: (I + A)^-1, mixed: P, both [b, HV, chunks, C, C]. left, asked: E and q decayed up to each token, kept: k
     decayed from there to the chunk's end, [b, HV, chunks, C, KP] with zeros behind the tokens and channels there are.
     whole [b, HV, chunks, KP] float32: decay of the chunk. DECAYS, ERASES: whether that gate is a vector.
+    C is 2**LEVELS.
     """
     chunk = tl.program_id(0) % chunks
     entry = tl.program_id(0) // chunks
@@ -133,6 +146,8 @@ def solve_rule(
     behind = tl.where(r[:, None] < r[None, :], 1.0, 0.0)
     if not DECAYS:
         g = finite(tl.load(from_decay, mask=inside, other=0.0).to(tl.float32))
+        since = tl.exp(tl.sum(upto * g[None, :], axis=1))[:, None]
+        until = tl.exp(tl.sum(behind * g[None, :], axis=1))[:, None]
     if not ERASES:
         e = tl.load(from_erase, mask=inside, other=0.0).to(tl.float32)
     for part in tl.range(0, KP, BK):
@@ -146,20 +161,17 @@ def solve_rule(
             ek = kk  # times erase below, in float32
         if DECAYS:
             gs = finite(tl.load(from_decay[:, None] + d[None, :], mask=known, other=0.0).to(tl.float32))
-            since = tl.exp(tl.dot(upto, gs, input_precision=PRECISION))
-            until = tl.exp(tl.dot(behind, gs, input_precision=PRECISION))
+            since = tl.exp(sums(upto, gs, PRECISION))
+            until = tl.exp(sums(behind, gs, PRECISION))
             total = tl.exp(tl.sum(gs, axis=0))
-            for level in tl.static_range(0, 16):
-                if (2 << level) <= C:
-                    w = tl.exp(tl.dot(spans(r, 1 << level), gs, input_precision=PRECISION))
-                    across = pairs(r, 1 << level)
-                    kt = tl.trans(kk * w)
-                    A += tl.where(across, tl.dot(ek * w, kt, input_precision=PRECISION), 0.0)
-                    P += tl.where(across, tl.dot(qq * w, kt, input_precision=PRECISION), 0.0)
+            for level in tl.range(0, LEVELS):
+                w = tl.exp(sums(spans(r, level), gs, PRECISION))
+                across = pairs(r, level)
+                kt = tl.trans(kk * w)
+                A += tl.where(across, tl.dot(ek * w, kt, input_precision=PRECISION), 0.0)
+                P += tl.where(across, tl.dot(qq * w, kt, input_precision=PRECISION), 0.0)
             same += tl.sum(qq * kk, axis=1)
         else:
-            since = tl.exp(tl.sum(upto * g[None, :], axis=1))[:, None]
-            until = tl.exp(tl.sum(behind * g[None, :], axis=1))[:, None]
             total = tl.exp(tl.sum(g, axis=0)) + tl.zeros([BK], tl.float32)
             kt = tl.trans(kk)
             A = tl.dot(ek, kt, A, input_precision=PRECISION)
@@ -174,14 +186,14 @@ def solve_rule(
     if DECAYS:
         P += tl.where(r[:, None] == r[None, :], same[:, None], 0.0)
     else:
-        decays = between(g, r)
+        decays = between(g, r, PRECISION)
         A = tl.where(r[:, None] > r[None, :], A * decays, 0.0)
         P *= decays
     if not ERASES:
         A *= e[:, None]
     pair = place * C * C + r[:, None] * C + r[None, :]
     tl.store(mixed + pair, (P * scale).to(io))
-    tl.store(solved + pair, invert(A, r, C, PRECISION).to(io))
+    tl.store(solved + pair, invert(A, r, LEVELS, PRECISION).to(io))
 
 
 @triton.jit(do_not_specialize=SIZES)

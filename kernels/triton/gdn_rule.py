@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..reference.gdn_rule_check import check_rule
 from .gdn_launch import on_device
+from .gdn_rule_back import back_rule, share_rule
 from .gdn_rule_chunk import run_rule, solve_rule
 from .gdn_rule_step import step_rule
 
@@ -221,6 +222,95 @@ def run(
     )
 
 
+def gated_delta_rule_backward(
+    grad_out: Tensor,
+    grad_state: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    erase: Tensor,
+    write: Tensor,
+    initial_state: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients in chunks, with two states in memory for each; as `opreg::gated_delta_rule_backward`."""
+    rule = rule_of(q, k, v, decay, erase, write, initial_state, scale)
+    heads = v.shape[:3]
+    found = [torch.empty(*heads, k.shape[3], dtype=_writable(x), device=v.device) for x in (q, k)]
+    if rule.heads != k.shape[2]:
+        found = [x.float() for x in found]
+    found += [torch.empty(x.shape, dtype=_writable(x), device=v.device) for x in (v, decay, erase, write)]
+    first = _readable(grad_state).float().contiguous()
+    if first.numel() and rule.tokens:
+        with on_device(v):
+            first = _gradients(rule, _readable(grad_out), first, found)
+    else:
+        first = first.clone()
+    dq, dk = (
+        (x if x.shape[2] == like.shape[2] else x.unflatten(2, (like.shape[2], -1)).sum(3)).to(like.dtype)
+        for x, like in zip(found[:2], (q, k), strict=True)
+    )
+    dv, ddecay, derase, dwrite = (
+        x.to(like.dtype) for x, like in zip(found[2:], (v, decay, erase, write), strict=True)
+    )
+    return dq, dk, dv, ddecay, derase, dwrite, first
+
+
+def _writable(x: Tensor) -> torch.dtype:
+    return x.dtype if x.dtype in _DTYPES else torch.float32
+
+
+def _gradients(rule: Rule, grad_out: Tensor, grad_state: Tensor, found: list[Tensor]) -> Tensor:
+    """Write `found`, the gradients of q, k (for each value head), v and the gates; return that of the first state."""
+    sizes = chunking(rule)
+    alone = solve(rule, sizes)
+    number, blocks = alone["whole"].shape[2], triton.cdiv(rule.v.shape[3], sizes["BV"])
+    rows, tokens = blocks * sizes["BV"], sizes["C"]
+
+    def new(*shape: int) -> Tensor:
+        return torch.empty(rule.entries, rule.heads, number, *shape, dtype=rule.io, device=rule.v.device)
+
+    marks, back_marks = new(rows, rule.width), new(rows, rule.width)
+    corrected, grad_corrected = new(tokens, rows), new(tokens, rows)
+    run(rule, alone, sizes, None, None, marks, corrected)
+    grad_initial = torch.empty_like(grad_state)
+    common: dict[str, Any] = {
+        "grad": grad_out,
+        "grad_strides": grad_out.stride()[:3],
+        "back_marks": back_marks,
+        "grad_corrected": grad_corrected,
+        "count": rule.tokens,
+        "chunks": number,
+        "VP": rows,
+        "BV": sizes["BV"],
+        "C": tokens,
+        "PRECISION": rule.precision,
+    }
+    values = rule.of_values()
+    back_rule[(rule.entries * rule.heads * blocks,)](
+        **common,
+        **alone,
+        **{name: values[name] for name in ("HV", "K", "V", "KP")},
+        grad_final=grad_state,
+        grad_initial=grad_initial,
+        STAGES=1,
+        num_warps=8,
+    )
+    names = ("dq_out", "dk_out", "dv_out", "ddecay", "derase", "dwrite")
+    share_rule[(rule.entries * number, rule.heads)](
+        **common,
+        **{**rule.of_keys(), **values},
+        **dict(zip(names, found, strict=True)),
+        marks=marks,
+        corrected=corrected,
+        BK=16,
+        LEVELS=tokens.bit_length() - 1,
+        num_warps=8,
+    )
+    return grad_initial
+
+
 def why_not(
     q: Tensor,
     k: Tensor,
@@ -240,3 +330,19 @@ def _limits(k: Tensor, v: Tensor) -> str | None:
         if x.shape[3] > _WIDEST:
             return f"{name} of {x.shape[3]} channels; at most {_WIDEST}"
     return None
+
+
+def why_not_backward(
+    grad_out: Tensor,
+    grad_state: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    erase: Tensor,
+    write: Tensor,
+    initial_state: Tensor | None = None,
+    scale: float | None = None,
+) -> str | None:
+    """The same for the gradients."""
+    return _limits(k, v)

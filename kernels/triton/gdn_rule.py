@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..reference.gdn_rule_check import check_rule
 from .gdn_launch import on_device
-from .gdn_rule_back import back_rule, share_rule
+from .gdn_rule_back import back_rule, part_rule
 from .gdn_rule_chunk import run_rule, solve_rule
+from .gdn_rule_share import share_rule
 from .gdn_rule_step import step_rule
 
 AT_MOST = 16
@@ -52,18 +53,17 @@ class Rule:
         return padded(self.k.shape[3])
 
     @property
-    def io(self) -> torch.dtype:
-        """Of the operands of products with the state.
-
-        float16 has too small a range for states, and TF32 keeps as many digits.
-        """
-        given = {x.dtype for x in (self.q, self.k, self.v)}
-        return torch.bfloat16 if given == {torch.bfloat16} else torch.float32
+    def bfloat16(self) -> bool:
+        """Whether products may have operands of 8 bits: q, k and v have no more."""
+        return {x.dtype for x in (self.q, self.k, self.v)} == {torch.bfloat16}
 
     @property
     def precision(self) -> str:
-        """16 bits lose nothing to TF32 that they have not lost already; float32 is the sum of three products."""
-        return "tf32x3" if torch.float32 in (self.q.dtype, self.k.dtype, self.v.dtype) else "tf32"
+        """Of products of float32: bfloat16 loses nothing to TF32 that it has not lost already, others keep all digits.
+
+        float16 is among the others: states have a larger range, and results 11 bits, as many as TF32.
+        """
+        return "tf32" if self.bfloat16 else "tf32x3"
 
     def of_keys(self) -> dict[str, Any]:
         """The arguments of kernels that read keys."""
@@ -115,15 +115,39 @@ def step_rows(rule: Rule) -> int:
     return min(padded(rule.v.shape[3]), 32, 4096 // rule.width)
 
 
-def chunking(rule: Rule) -> dict[str, int]:
-    """C, tokens of a chunk, BV, rows of the state of one program of `run_rule`, and BK, channels at once in others.
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """How the kernels in chunks divide a call; with more, ptxas spills registers for sm_90 (test_gdn_rule_sm90.py).
 
-    With twice the rows, tokens or channels ptxas spills registers for sm_90 (test_gdn_rule_sm90.py).
+    io: dtype of what kernels hand on and of operands beside the state. tokens: of a chunk. rows: of the state of one
+    program of the passes over the chunks. channels: at once, of a program that has a chunk. number: of chunks.
     """
-    most = 2048 if rule.io == torch.float32 else 4096
-    rows = max(16, min(padded(rule.v.shape[3]), 32, most // rule.width))
-    channels = 16 if rule.decay.dim() == 4 else 32
-    return {"C": 64 if rule.io == torch.bfloat16 else 32, "BV": rows, "BK": min(rule.width, channels)}
+
+    io: torch.dtype
+    tokens: int
+    rows: int
+    channels: int
+    number: int
+    blocks: int
+
+    def sizes(self, rule: Rule) -> dict[str, Any]:
+        return {"count": rule.tokens, "chunks": self.number, "C": self.tokens, "PRECISION": rule.precision}
+
+    def value_sizes(self, rule: Rule) -> dict[str, Any]:
+        return {**self.sizes(rule), "VP": self.blocks * self.rows, "BV": self.rows}
+
+    def new(self, rule: Rule, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Memory for each chunk."""
+        place = (rule.entries, rule.heads, self.number)
+        return torch.empty(*place, *shape, dtype=dtype or self.io, device=rule.v.device)
+
+
+def tiles(rule: Rule, io: torch.dtype) -> Tiles:
+    values = rule.v.shape[3]
+    tokens = 64 if rule.bfloat16 else 32
+    rows = max(16, min(padded(values), 32, (4096 if rule.bfloat16 else 2048) // rule.width))
+    channels = min(rule.width, 16 if rule.decay.dim() == 4 else 32)
+    return Tiles(io, tokens, rows, channels, triton.cdiv(rule.tokens, tokens), triton.cdiv(values, rows))
 
 
 def gated_delta_rule(
@@ -161,32 +185,24 @@ def steps(rule: Rule, out: Tensor, final: Tensor) -> None:
     )
 
 
-def chunks(rule: Rule, out: Tensor | None, final: Tensor | None) -> None:
+def chunks(rule: Rule, out: Tensor, final: Tensor) -> None:
     """Chunk by chunk."""
-    sizes = chunking(rule)
-    run(rule, solve(rule, sizes), sizes, out, final)
+    given = tiles(rule, torch.bfloat16 if rule.bfloat16 else torch.float32)
+    run(rule, given, solve(rule, given), out, final)
 
 
-def solve(rule: Rule, sizes: dict[str, int]) -> dict[str, Tensor]:
+def solve(rule: Rule, given: Tiles) -> dict[str, Tensor]:
     """What chunks can do alone."""
-    number = triton.cdiv(rule.tokens, sizes["C"])
-    place, c = (rule.entries, rule.heads, number), sizes["C"]
-
-    def new(*shape: int, dtype: torch.dtype = rule.io) -> Tensor:
-        return torch.empty(*place, *shape, dtype=dtype, device=rule.v.device)
-
-    alone = {name: new(c, c) for name in ("solved", "mixed")}
-    alone |= {name: new(c, rule.width) for name in ("left", "asked", "kept")}
-    alone["whole"] = new(rule.width, dtype=torch.float32)
-    solve_rule[(rule.entries * number, rule.heads)](
+    c = given.tokens
+    alone = {name: given.new(rule, c, c) for name in ("solved", "mixed")}
+    alone |= {name: given.new(rule, c, rule.width) for name in ("left", "asked", "kept")}
+    alone["whole"] = given.new(rule, rule.width, dtype=torch.float32)
+    solve_rule[(rule.entries * given.number, rule.heads)](
         **rule.of_keys(),
         **alone,
-        count=rule.tokens,
-        chunks=number,
-        BK=sizes["BK"],
-        C=c,
+        **given.sizes(rule),
+        BK=given.channels,
         LEVELS=c.bit_length() - 1,
-        PRECISION=rule.precision,
         num_warps=8 if c == 64 and rule.decay.dim() == 4 else 4,
     )
     return alone
@@ -194,30 +210,24 @@ def solve(rule: Rule, sizes: dict[str, int]) -> dict[str, Tensor]:
 
 def run(
     rule: Rule,
+    given: Tiles,
     alone: dict[str, Tensor],
-    sizes: dict[str, int],
     out: Tensor | None,
     final: Tensor | None,
     marks: Tensor | None = None,
     corrected: Tensor | None = None,
 ) -> None:
     """The pass over the chunks."""
-    blocks = triton.cdiv(rule.v.shape[3], sizes["BV"])
-    run_rule[(rule.entries * rule.heads * blocks,)](
+    run_rule[(rule.entries * rule.heads * given.blocks,)](
         **rule.of_values(),
         **alone,
+        **given.value_sizes(rule),
         initial=rule.initial,
         out=out,
         final=final,
         marks=marks,
         corrected=corrected,
-        count=rule.tokens,
-        chunks=alone["whole"].shape[2],
-        VP=blocks * sizes["BV"],
-        BV=sizes["BV"],
-        C=sizes["C"],
-        PRECISION=rule.precision,
-        STAGES=2 if rule.io == torch.bfloat16 else 1,
+        STAGES=2 if given.io == torch.bfloat16 else 1,
         num_warps=8,
     )
 
@@ -237,9 +247,10 @@ def gated_delta_rule_backward(
     """Gradients in chunks, with two states in memory for each; as `opreg::gated_delta_rule_backward`."""
     rule = rule_of(q, k, v, decay, erase, write, initial_state, scale)
     heads = v.shape[:3]
-    found = [torch.empty(*heads, k.shape[3], dtype=_writable(x), device=v.device) for x in (q, k)]
-    if rule.heads != k.shape[2]:
-        found = [x.float() for x in found]
+    # What several value heads add to one key head is rounded once.
+    alone = rule.heads == k.shape[2]
+    dtypes = [_writable(x) if alone else torch.float32 for x in (q, k)]
+    found = [torch.empty(*heads, k.shape[3], dtype=dtype, device=v.device) for dtype in dtypes]
     found += [torch.empty(x.shape, dtype=_writable(x), device=v.device) for x in (v, decay, erase, write)]
     first = _readable(grad_state).float().contiguous()
     if first.numel() and rule.tokens:
@@ -263,32 +274,23 @@ def _writable(x: Tensor) -> torch.dtype:
 
 def _gradients(rule: Rule, grad_out: Tensor, grad_state: Tensor, found: list[Tensor]) -> Tensor:
     """Write `found`, the gradients of q, k (for each value head), v and the gates; return that of the first state."""
-    sizes = chunking(rule)
-    alone = solve(rule, sizes)
-    number, blocks = alone["whole"].shape[2], triton.cdiv(rule.v.shape[3], sizes["BV"])
-    rows, tokens = blocks * sizes["BV"], sizes["C"]
-
-    def new(*shape: int) -> Tensor:
-        return torch.empty(rule.entries, rule.heads, number, *shape, dtype=rule.io, device=rule.v.device)
-
-    marks, back_marks = new(rows, rule.width), new(rows, rule.width)
-    corrected, grad_corrected = new(tokens, rows), new(tokens, rows)
-    run(rule, alone, sizes, None, None, marks, corrected)
+    # Sums of many terms that cancel, as a gate's gradient is, show what an operand of 8 bits lost: 7e-3 of them.
+    given = tiles(rule, torch.float32)
+    alone = solve(rule, given)
+    rows = given.blocks * given.rows
+    marks, back_marks = (given.new(rule, rows, rule.width) for _ in range(2))
+    corrected, grad_corrected = (given.new(rule, given.tokens, rows) for _ in range(2))
+    run(rule, given, alone, None, None, marks, corrected)
     grad_initial = torch.empty_like(grad_state)
     common: dict[str, Any] = {
         "grad": grad_out,
         "grad_strides": grad_out.stride()[:3],
         "back_marks": back_marks,
         "grad_corrected": grad_corrected,
-        "count": rule.tokens,
-        "chunks": number,
-        "VP": rows,
-        "BV": sizes["BV"],
-        "C": tokens,
-        "PRECISION": rule.precision,
+        **given.value_sizes(rule),
     }
     values = rule.of_values()
-    back_rule[(rule.entries * rule.heads * blocks,)](
+    back_rule[(rule.entries * rule.heads * given.blocks,)](
         **common,
         **alone,
         **{name: values[name] for name in ("HV", "K", "V", "KP")},
@@ -297,15 +299,31 @@ def _gradients(rule: Rule, grad_out: Tensor, grad_state: Tensor, found: list[Ten
         STAGES=1,
         num_warps=8,
     )
-    names = ("dq_out", "dk_out", "dv_out", "ddecay", "derase", "dwrite")
-    share_rule[(rule.entries * number, rule.heads)](
+    dq, dk, dv, ddecay, derase, dwrite = found
+    parts = {f"d{name}": torch.empty_like(x, dtype=torch.float32) for name, x in alone.items()}
+    keys = rule.of_keys()
+    part_rule[(rule.entries * given.number, rule.heads)](
         **common,
-        **{**rule.of_keys(), **values},
-        **dict(zip(names, found, strict=True)),
+        **parts,
+        **values,
+        **{name: keys[name] for name in ("decay", "decay_strides", "scale", "DECAYS")},
         marks=marks,
         corrected=corrected,
+        dv_out=dv,
+        dwrite=dwrite,
         BK=16,
-        LEVELS=tokens.bit_length() - 1,
+        num_warps=4,
+    )
+    share_rule[(rule.entries * given.number, rule.heads)](
+        **parts,
+        **keys,
+        **given.sizes(rule),
+        dq_out=dq,
+        dk_out=dk,
+        ddecay=ddecay,
+        derase=derase,
+        BK=16,
+        LEVELS=given.tokens.bit_length() - 1,
         num_warps=8,
     )
     return grad_initial

@@ -55,6 +55,6 @@ gdn_rule.on_device = lambda _: nullcontext()
 for dtype, rule, size in zip(*[iter(sys.argv[1:])] * 3, strict=True):
     more = {"device": "meta", "dtype": getattr(torch, dtype), "generator": torch.Generator()}
     for length in (1, 2048):
-        print("#", dtype, rule, size, length)
         call = make_rule_call((1, length, 16, 32, *map(int, size.split("x"))), VECTORS[rule], **more)
-        gdn_rule.gated_delta_rule(**call)
+        out, state = gdn_rule.gated_delta_rule(**call)
+    gdn_rule.gated_delta_rule_backward(out, state, **call)

@@ -232,17 +232,26 @@ def _backward_inputs(device: torch.device, dtype: torch.dtype, generator: torch.
 
 
 for _op in (gated_delta_rule, gated_delta_rule_backward):
+    _name = _op.name.partition("::")[2]
     _op.register_kernel(
         "cpu",
-        f"opreg.kernels.cpu.gdn_rule:{_op.name.partition('::')[2]}",
+        f"opreg.kernels.cpu.gdn_rule:{_name}",
         requires="c++",
-        why_not=f"opreg.kernels.cpu.gdn_rule:{_op.name.partition('::')[2]}_why_not",
+        why_not=f"opreg.kernels.cpu.gdn_rule:{_name}_why_not",
         priority=10,
     )
     _op.register_kernel(
+        ("cuda", "xpu"),
+        f"opreg.kernels.triton.gdn_rule:{_name}",
+        requires="triton",
+        why_not=f"opreg.kernels.triton.gdn_rule:{_name}_why_not",
+        priority=10,
+    )
+    # On a GPU for what Triton refuses, and where there is none.
+    _op.register_kernel(
         ("cpu", "cuda", "xpu"),
-        f"opreg.kernels.cpu.gdn_rule_torch:{_op.name.partition('::')[2]}_chunks",
-        why_not=f"opreg.kernels.cpu.gdn_rule_torch:{_op.name.partition('::')[2]}_chunks_why_not",
+        f"opreg.kernels.cpu.gdn_rule_torch:{_name}_chunks",
+        why_not=f"opreg.kernels.cpu.gdn_rule_torch:{_name}_chunks_why_not",
         priority=5,
     )
     _op.register_sharding("hk", "hv")

@@ -24,8 +24,8 @@ SIZES = ("count", "chunks")
 
 @triton.jit
 def tokens_of(strides, entry, t, head):
-    """Where tokens t of one head begin in a tensor [b, t, h, ..]."""
-    return entry.to(tl.int64) * strides[0] + t.to(tl.int64) * strides[1] + head * strides[2]
+    """Where tokens t of one head begin in a tensor [b, t, h, ..], whose strides may take any of them past 2**31."""
+    return entry.to(tl.int64) * strides[0] + t.to(tl.int64) * strides[1] + head.to(tl.int64) * strides[2]
 
 
 @triton.jit
@@ -155,10 +155,9 @@ def solve_rule(
         known = inside[:, None] & (d < K)[None, :]
         kk = tl.load(from_k[:, None] + d[None, :], mask=known, other=0.0).to(tl.float32)
         qq = tl.load(from_q[:, None] + d[None, :], mask=known, other=0.0).to(tl.float32)
+        ek = kk  # one number a head comes below, in float32
         if ERASES:
-            ek = kk * tl.load(from_erase[:, None] + d[None, :], mask=known, other=0.0).to(tl.float32)
-        else:
-            ek = kk  # times erase below, in float32
+            ek *= tl.load(from_erase[:, None] + d[None, :], mask=known, other=0.0).to(tl.float32)
         if DECAYS:
             gs = finite(tl.load(from_decay[:, None] + d[None, :], mask=known, other=0.0).to(tl.float32))
             since = tl.exp(sums(upto, gs, PRECISION))

@@ -87,6 +87,11 @@ def share_rule(
             e = tl.load(from_erase, mask=inside, other=0.0).to(tl.float32)[:, None]
         ek = kk * e
         if DECAYS:
+            # r, but nothing that the compiler may move out of the loop: matrices of zeros and ones are made anew, since
+            # they would hold the registers of the sums.
+            rr = r + tl.minimum(part, 0)
+            upto = tl.where(rr[:, None] >= rr[None, :], 1.0, 0.0)
+            behind = tl.where(rr[:, None] < rr[None, :], 1.0, 0.0)
             gs = finite(tl.load(from_decay[:, None] + d[None, :], mask=known, other=0.0).to(tl.float32))
             since = tl.exp(sums(upto, gs, PRECISION))
             until = tl.exp(sums(behind, gs, PRECISION))
@@ -104,21 +109,22 @@ def share_rule(
             dq += same[:, None] * kk
             dk += same[:, None] * qq
             for level in tl.range(0, LEVELS, num_stages=1):
-                span = spans(r, level)
-                w = tl.exp(sums(span, gs, PRECISION))
-                across = pairs(r, level)
-                dew = tl.dot(tl.load(dsolved + pair, mask=across, other=0.0), kk * w, input_precision=PRECISION)
-                dqw = tl.dot(tl.load(dmixed + pair, mask=across, other=0.0), kk * w, input_precision=PRECISION)
+                w = tl.exp(sums(spans(rr, level), gs, PRECISION))
+                across = pairs(rr, level)
+                found = tl.dot(tl.load(dsolved + pair, mask=across, other=0.0), kk * w, input_precision=PRECISION)
+                de += found * w
+                dw = found * ek
+                found = tl.dot(tl.load(dmixed + pair, mask=across, other=0.0), kk * w, input_precision=PRECISION)
+                dq += found * w
+                dw += found * qq
                 across = tl.trans(across)
                 turned = tl.load(dmixed + transposed, mask=across, other=0.0)
-                dkw = tl.dot(turned, qq * w, input_precision=PRECISION)
+                found = tl.dot(turned, qq * w, input_precision=PRECISION)
                 turned = tl.load(dsolved + transposed, mask=across, other=0.0)
-                dkw = tl.dot(turned, ek * w, dkw, input_precision=PRECISION)
-                dw = dew * ek + dqw * qq + dkw * kk
-                dg += sums(tl.trans(span), dw * w, PRECISION)
-                de += dew * w
-                dq += dqw * w
-                dk += dkw * w
+                found = tl.dot(turned, ek * w, found, input_precision=PRECISION)
+                dk += found * w
+                dw += found * kk
+                dg += sums(tl.trans(spans(rr, level)), dw * w, PRECISION)
             tl.store(ddecay + to, dg.to(ddecay.dtype.element_ty), mask=known)
         else:
             of_since += tl.sum(de * ek + dq * qq, axis=1)

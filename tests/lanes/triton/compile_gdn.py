@@ -4,51 +4,15 @@ Arguments: `qwen`, for Qwen3-Next's sizes, or a dtype and a number of head sizes
 interpreter, in which the tests run, replaces the compiler.
 """
 
-import re
-import subprocess
 import sys
-import tempfile
 from contextlib import nullcontext
 
+import sm90
 import torch
-import triton
 from opreg.kernels.triton import gdn, gdn_launch
 from opreg.ops.gdn_attention_inputs import Heads, make_call
-from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
-from triton.runtime.jit import JITFunction, create_function_from_signature
 
-target = GPUTarget("cuda", 90, 32)
-backend = make_backend(target)
-seen = set()
-
-
-def figures(ptx):
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        command = [knobs.nvidia.ptxas.path, "-v", "-arch=sm_90a", file.name, "-o", "/dev/null"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return re.findall("Used ([0-9]+) registers", said)[0], sum(map(int, re.findall("([0-9]+) bytes spill", said)))
-
-
-def launched(kernel, *args, grid, warmup, **kwargs):
-    # What JITFunction.run does up to the launch, for a GPU that is not there.
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, options = bind(*args, **kwargs)
-    options, signature, constants, attributes = kernel._pack_args(backend, kwargs, bound, specialization, options)
-    made = triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options.__dict__)
-    if made.hash in seen:
-        return
-    seen.add(made.hash)
-    ptx = made.asm["ptx"]
-    products = "wgmma.mma_async" in ptx or "mma.sync" in ptx
-    programs = grid[0] * (grid[1] if len(grid) > 1 else 1)
-    print(kernel.__name__, programs, *figures(ptx), made.metadata.shared, int(products), flush=True)
-
-
-JITFunction.run = launched
+sm90.install()
 gdn.on_device = lambda _: nullcontext()
 
 

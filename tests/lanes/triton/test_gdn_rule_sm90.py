@@ -10,12 +10,16 @@ from pathlib import Path
 
 import pytest
 
-FORWARD = {"step_rule", "solve_rule", "run_rule"}
-KERNELS = {*FORWARD, "back_rule", "part_rule", "share_rule"}
-# Bytes that ptxas spills, of the kernels that spill any: ceilings, for each of which a smaller tile was no better.
-SPILLED = {
-    "share_rule": 128,  # 16 channels of 9 tiles beside products in three parts
-}
+KERNELS = {"step_rule", "solve_rule", "run_rule", "back_rule", "part_rule", "share_rule"}
+
+
+def ceilings(dtype: str, size: str) -> dict[str, int]:
+    """Bytes that ptxas spills at most, written and read, of kernels for which no tiles were found that spill none."""
+    if dtype == "bfloat16":
+        return {"share_rule": 80}
+    # Products of float32 hold three parts of every operand.
+    found = {"share_rule": 128, "part_rule": 32, "run_rule": 32}
+    return {**found, "run_rule": 1772, "back_rule": 384} if size == "256x256" else found
 
 
 def compiled(*args: str) -> list[tuple[str, int, int, int, int, int]]:
@@ -28,7 +32,7 @@ def compiled(*args: str) -> list[tuple[str, int, int, int, int, int]]:
     return [(name, *map(int, rest)) for name, *rest in map(str.split, run.stdout.splitlines())]
 
 
-def check(dtype: str, rule: str, size: str, more: dict[str, int], capsys: pytest.CaptureFixture[str]) -> None:
+def check(dtype: str, rule: str, size: str, capsys: pytest.CaptureFixture[str]) -> None:
     made = compiled(dtype, rule, size)
     with capsys.disabled():
         for name, _, registers, spilled, shared, _ in made:
@@ -38,7 +42,7 @@ def check(dtype: str, rule: str, size: str, more: dict[str, int], capsys: pytest
             )
     assert {name for name, *_ in made} == KERNELS
     for name, _, _, spilled, shared, products in made:
-        assert spilled <= {**SPILLED, **more}.get(name, 0), name
+        assert spilled <= ceilings(dtype, size).get(name, 0), name
         # Of 227 KB on a multiprocessor: two programs find room.
         assert shared <= 113 * 1024, name
         assert products == (name != "step_rule"), name
@@ -46,10 +50,15 @@ def check(dtype: str, rule: str, size: str, more: dict[str, int], capsys: pytest
 
 @pytest.mark.parametrize(
     ("dtype", "rule", "size"),
-    [("bfloat16", "gdn", "128x128"), ("bfloat16", "gdn2", "64x64"), ("float32", "kda", "128x128")],
+    [
+        ("bfloat16", "gdn", "128x128"),
+        ("bfloat16", "gdn2", "64x64"),
+        ("float32", "kda", "128x128"),
+        ("float32", "gdn", "64x64"),
+    ],
 )
 def test_they_fit_sm_90(dtype: str, rule: str, size: str, capsys: pytest.CaptureFixture[str]) -> None:
-    check(dtype, rule, size, {}, capsys)
+    check(dtype, rule, size, capsys)
 
 
 @pytest.mark.slow
@@ -57,4 +66,4 @@ def test_they_fit_sm_90(dtype: str, rule: str, size: str, capsys: pytest.Capture
 @pytest.mark.parametrize("rule", ["gdn", "kda", "gdn2"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_they_fit_sm_90_at_other_sizes(dtype: str, rule: str, size: str, capsys: pytest.CaptureFixture[str]) -> None:
-    check(dtype, rule, size, {}, capsys)
+    check(dtype, rule, size, capsys)

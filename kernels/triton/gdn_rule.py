@@ -54,15 +54,16 @@ class Rule:
 
     @property
     def bfloat16(self) -> bool:
-        """Whether products may have operands of 8 bits: q, k and v have no more."""
+        """Whether products may have operands of 11 bits: q, k and v have 8.
+
+        Not 8 bits, though: chunks amplify what X and P lose, by 6e-2 of o where keys are equal, and so does a gate's
+        gradient, a sum of terms that cancel. Results in float16 have 11 bits themselves.
+        """
         return {x.dtype for x in (self.q, self.k, self.v)} == {torch.bfloat16}
 
     @property
     def precision(self) -> str:
-        """Of products of float32: bfloat16 loses nothing to TF32 that it has not lost already, others keep all digits.
-
-        float16 is among the others: states have a larger range, and results 11 bits, as many as TF32.
-        """
+        """Of products: TF32, or as the sum of three TF32 products all digits of float32."""
         return "tf32" if self.bfloat16 else "tf32x3"
 
     def of_keys(self) -> dict[str, Any]:
@@ -119,11 +120,10 @@ def step_rows(rule: Rule) -> int:
 class Tiles:
     """How the kernels in chunks divide a call; with more, ptxas spills registers for sm_90 (test_gdn_rule_sm90.py).
 
-    io: dtype of what kernels hand on and of operands beside the state. tokens: of a chunk. rows: of the state of one
-    program of the passes over the chunks. channels: at once, of a program that has a chunk. number: of chunks.
+    tokens: of a chunk. rows: of the state of one program of the passes over the chunks, in so many blocks. channels: at
+    once, of a program that has a chunk. number: of chunks.
     """
 
-    io: torch.dtype
     tokens: int
     rows: int
     channels: int
@@ -133,21 +133,26 @@ class Tiles:
     def sizes(self, rule: Rule) -> dict[str, Any]:
         return {"count": rule.tokens, "chunks": self.number, "C": self.tokens, "PRECISION": rule.precision}
 
+    def passes(self, rule: Rule) -> dict[str, Any]:
+        """What both passes over the chunks take. Two chunks in flight take 94 KB of shared memory with 64 channels and
+        140 KB with 128, which not every GPU has."""
+        return {**self.value_sizes(rule), "STAGES": 2 if rule.bfloat16 and rule.width <= 64 else 1, "num_warps": 8}
+
     def value_sizes(self, rule: Rule) -> dict[str, Any]:
         return {**self.sizes(rule), "VP": self.blocks * self.rows, "BV": self.rows}
 
-    def new(self, rule: Rule, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    def new(self, rule: Rule, *shape: int) -> Tensor:
         """Memory for each chunk."""
         place = (rule.entries, rule.heads, self.number)
-        return torch.empty(*place, *shape, dtype=dtype or self.io, device=rule.v.device)
+        return torch.empty(*place, *shape, dtype=torch.float32, device=rule.v.device)
 
 
-def tiles(rule: Rule, io: torch.dtype) -> Tiles:
+def tiles(rule: Rule) -> Tiles:
     values = rule.v.shape[3]
-    tokens = 64 if rule.bfloat16 else 32
-    rows = max(16, min(padded(values), 32, (4096 if rule.bfloat16 else 2048) // rule.width))
+    tokens = 64 if rule.bfloat16 and rule.width <= 128 else 32
+    rows = max(16, min(padded(values), 32, 2048 // rule.width))
     channels = min(rule.width, 16 if rule.decay.dim() == 4 else 32)
-    return Tiles(io, tokens, rows, channels, triton.cdiv(rule.tokens, tokens), triton.cdiv(values, rows))
+    return Tiles(tokens, rows, channels, triton.cdiv(rule.tokens, tokens), triton.cdiv(values, rows))
 
 
 def gated_delta_rule(
@@ -187,7 +192,7 @@ def steps(rule: Rule, out: Tensor, final: Tensor) -> None:
 
 def chunks(rule: Rule, out: Tensor, final: Tensor) -> None:
     """Chunk by chunk."""
-    given = tiles(rule, torch.bfloat16 if rule.bfloat16 else torch.float32)
+    given = tiles(rule)
     run(rule, given, solve(rule, given), out, final)
 
 
@@ -196,7 +201,7 @@ def solve(rule: Rule, given: Tiles) -> dict[str, Tensor]:
     c = given.tokens
     alone = {name: given.new(rule, c, c) for name in ("solved", "mixed")}
     alone |= {name: given.new(rule, c, rule.width) for name in ("left", "asked", "kept")}
-    alone["whole"] = given.new(rule, rule.width, dtype=torch.float32)
+    alone["whole"] = given.new(rule, rule.width)
     solve_rule[(rule.entries * given.number, rule.heads)](
         **rule.of_keys(),
         **alone,
@@ -221,15 +226,12 @@ def run(
     run_rule[(rule.entries * rule.heads * given.blocks,)](
         **rule.of_values(),
         **alone,
-        **given.value_sizes(rule),
+        **given.passes(rule),
         initial=rule.initial,
         out=out,
         final=final,
         marks=marks,
         corrected=corrected,
-        # Two chunks in flight take 82 KB of shared memory with 128 channels, 124 KB with 256.
-        STAGES=2 if given.io == torch.bfloat16 and rule.width <= 128 else 1,
-        num_warps=8,
     )
 
 
@@ -273,8 +275,7 @@ def _writable(x: Tensor) -> torch.dtype:
 
 def _gradients(rule: Rule, grad_out: Tensor, grad_state: Tensor, found: list[Tensor]) -> Tensor:
     """Write `found`, the gradients of q, k (for each value head), v and the gates; return that of the first state."""
-    # Sums of many terms that cancel, as a gate's gradient is, show what an operand of 8 bits lost: 7e-3 of them.
-    given = tiles(rule, torch.float32)
+    given = tiles(rule)
     alone = solve(rule, given)
     rows = given.blocks * given.rows
     marks, back_marks = (given.new(rule, rows, rule.width) for _ in range(2))
@@ -286,23 +287,21 @@ def _gradients(rule: Rule, grad_out: Tensor, grad_state: Tensor, found: list[Ten
         "grad_strides": grad_out.stride()[:3],
         "back_marks": back_marks,
         "grad_corrected": grad_corrected,
-        **given.value_sizes(rule),
     }
-    values = rule.of_values()
+    keys, values = rule.of_keys(), rule.of_values()
     back_rule[(rule.entries * rule.heads * given.blocks,)](
         **common,
         **alone,
         **{name: values[name] for name in ("HV", "K", "V", "KP")},
+        **given.passes(rule),
         grad_final=grad_state,
         grad_initial=grad_initial,
-        STAGES=1,
-        num_warps=8,
     )
     dq, dk, dv, ddecay, derase, dwrite = found
     parts = {f"d{name}": torch.empty_like(x, dtype=torch.float32) for name, x in alone.items()}
-    keys = rule.of_keys()
     part_rule[(rule.entries * given.number, rule.heads)](
         **common,
+        **given.value_sizes(rule),
         **parts,
         **values,
         **{name: keys[name] for name in ("decay", "decay_strides", "scale", "DECAYS")},

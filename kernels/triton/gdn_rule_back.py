@@ -51,7 +51,6 @@ def back_rule(
     head = tl.program_id(0) // blocks % HV
     entry = tl.program_id(0) // (blocks * HV)
     stream = entry.to(tl.int64) * HV + head
-    io = solved.dtype.element_ty
     r = tl.arange(0, C)
     d = tl.arange(0, KP)
     cell = stream * V * K + row[:, None] * K + d[None, :]
@@ -65,15 +64,14 @@ def back_rule(
         wide = place * C * KP + r[:, None] * KP + d[None, :]
         pair = place * C * C + r[:, None] * C + r[None, :]
         at = grad + tokens_of(grad_strides, entry, t, head)
-        do = tl.load(at[None, :] + row[:, None], mask=known, other=0.0).to(io)
-        after = D.to(io)
-        tl.store(back_marks + place * VP * KP + row[:, None] * KP + d[None, :], after)
-        dx = tl.dot(after, tl.trans(tl.load(kept + wide)), input_precision=PRECISION)
+        do = tl.load(at[None, :] + row[:, None], mask=known, other=0.0).to(tl.float32)
+        tl.store(back_marks + place * VP * KP + row[:, None] * KP + d[None, :], D)
+        dx = tl.dot(D, tl.trans(tl.load(kept + wide)), input_precision=PRECISION)
         dx = tl.dot(do, tl.load(mixed + pair), dx, input_precision=PRECISION)
-        y = tl.dot(dx.to(io), tl.load(solved + pair), input_precision=PRECISION)
-        tl.store(grad_corrected + place * C * VP + r[None, :] * VP + row[:, None], y.to(io))
+        y = tl.dot(dx, tl.load(solved + pair), input_precision=PRECISION)
+        tl.store(grad_corrected + place * C * VP + r[None, :] * VP + row[:, None], y)
         D *= tl.load(whole + place * KP + d)[None, :]
-        D = tl.dot((-y).to(io), tl.load(left + wide), D, input_precision=PRECISION)
+        D = tl.dot(-y, tl.load(left + wide), D, input_precision=PRECISION)
         D = tl.dot(do, tl.load(asked + wide), D, input_precision=PRECISION)
     tl.store(grad_initial + cell, D, mask=in_state)
 
@@ -124,7 +122,6 @@ def part_rule(
     entry = tl.program_id(0) // chunks
     head = tl.program_id(1)
     place = (entry.to(tl.int64) * HV + head) * chunks + chunk
-    io = corrected.dtype.element_ty
     r = tl.arange(0, C)
     t = chunk * C + r
     inside = t < count
@@ -141,19 +138,18 @@ def part_rule(
         known = inside[:, None] & (row < V)[None, :]
         y = tl.load(grad_corrected + of_values + row[None, :])
         xt = tl.trans(tl.load(corrected + of_values + row[None, :]))
-        do = tl.load(from_grad[:, None] + row[None, :], mask=known, other=0.0).to(io)
+        do = tl.load(from_grad[:, None] + row[None, :], mask=known, other=0.0).to(tl.float32)
         dA = tl.dot(y, xt, dA, input_precision=PRECISION)
         dP = tl.dot(do, xt, dP, input_precision=PRECISION)
-        dwv = y.to(tl.float32)
         values = tl.load(from_v[:, None] + row[None, :], mask=known, other=0.0).to(tl.float32)
         to = token[:, None] * V + row[None, :]
         if WRITES:
             w = tl.load(from_write[:, None] + row[None, :], mask=known, other=0.0).to(tl.float32)
-            tl.store(dwrite + to, (dwv * values).to(dwrite.dtype.element_ty), mask=known)
+            tl.store(dwrite + to, (y * values).to(dwrite.dtype.element_ty), mask=known)
         else:
             w = tl.load(from_write, mask=inside, other=0.0).to(tl.float32)[:, None]
-            written += tl.sum(dwv * values, axis=1)
-        tl.store(dv_out + to, (dwv * w).to(dv_out.dtype.element_ty), mask=known)
+            written += tl.sum(y * values, axis=1)
+        tl.store(dv_out + to, (y * w).to(dv_out.dtype.element_ty), mask=known)
     if not WRITES:
         tl.store(dwrite + token, written.to(dwrite.dtype.element_ty), mask=inside)
     pair = place * C * C + r[:, None] * C + r[None, :]
@@ -180,11 +176,11 @@ def part_rule(
             y = tl.load(grad_corrected + of_values + row[None, :])
             x = tl.load(corrected + of_values + row[None, :])
             known = inside[:, None] & (row < V)[None, :]
-            do = tl.load(from_grad[:, None] + row[None, :], mask=known, other=0.0).to(io)
+            do = tl.load(from_grad[:, None] + row[None, :], mask=known, other=0.0).to(tl.float32)
             of_left = tl.dot(y, before, of_left, input_precision=PRECISION)
             of_asked = tl.dot(do, before, of_asked, input_precision=PRECISION)
             of_kept = tl.dot(x, after, of_kept, input_precision=PRECISION)
-            of_whole += tl.sum(before.to(tl.float32) * after.to(tl.float32), axis=0)
+            of_whole += tl.sum(before * after, axis=0)
         to = place * C * KP + r[:, None] * KP + d[None, :]
         tl.store(dleft + to, -of_left)
         tl.store(dasked + to, of_asked)

@@ -138,7 +138,6 @@ def solve_rule(
     from_k = k + tokens_of(k_strides, entry, t, head // RATIO)
     from_decay = decay + tokens_of(decay_strides, entry, t, head)
     from_erase = erase + tokens_of(erase_strides, entry, t, head)
-    io = solved.dtype.element_ty
     A = tl.zeros([C, C], tl.float32)
     P = tl.zeros([C, C], tl.float32)
     same = tl.zeros([C], tl.float32)
@@ -178,9 +177,9 @@ def solve_rule(
         if not ERASES:
             ek = ek * e[:, None]
         to = place * C * KP + r[:, None] * KP + d[None, :]
-        tl.store(left + to, (ek * since).to(io))
-        tl.store(asked + to, (qq * since * scale).to(io))
-        tl.store(kept + to, (kk * until).to(io))
+        tl.store(left + to, ek * since)
+        tl.store(asked + to, qq * since * scale)
+        tl.store(kept + to, kk * until)
         tl.store(whole + place * KP + d, total)
     if DECAYS:
         P += tl.where(r[:, None] == r[None, :], same[:, None], 0.0)
@@ -191,8 +190,8 @@ def solve_rule(
     if not ERASES:
         A *= e[:, None]
     pair = place * C * C + r[:, None] * C + r[None, :]
-    tl.store(mixed + pair, (P * scale).to(io))
-    tl.store(solved + pair, invert(A, r, LEVELS, PRECISION).to(io))
+    tl.store(mixed + pair, P * scale)
+    tl.store(solved + pair, invert(A, r, LEVELS, PRECISION))
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -237,7 +236,6 @@ def run_rule(
     head = tl.program_id(0) // blocks % HV
     entry = tl.program_id(0) // (blocks * HV)
     stream = entry.to(tl.int64) * HV + head
-    io = solved.dtype.element_ty
     r = tl.arange(0, C)
     d = tl.arange(0, KP)
     cell = stream * V * K + row[:, None] * K + d[None, :]
@@ -260,18 +258,17 @@ def run_rule(
             wv *= tl.load(gates, mask=t < count, other=0.0).to(tl.float32)[:, None]
         e = tl.load(left + wide)
         inverse = tl.load(solved + pair)
-        s = S.to(io)
-        rest = tl.trans(wv) - tl.dot(s, tl.trans(e), input_precision=PRECISION)
-        x = tl.dot(rest.to(io), tl.trans(inverse), input_precision=PRECISION).to(io)
+        rest = tl.trans(wv) - tl.dot(S, tl.trans(e), input_precision=PRECISION)
+        x = tl.dot(rest, tl.trans(inverse), input_precision=PRECISION)
         if out is not None:
             asks = tl.load(asked + wide)
             weight = tl.load(mixed + pair)
-            o = tl.dot(s, tl.trans(asks), input_precision=PRECISION)
+            o = tl.dot(S, tl.trans(asks), input_precision=PRECISION)
             o = tl.dot(x, tl.trans(weight), o, input_precision=PRECISION)
             to = ((entry.to(tl.int64) * count + t) * HV + head)[:, None] * V + row[None, :]
             tl.store(out + to, tl.trans(o).to(out.dtype.element_ty), mask=known)
         if marks is not None:
-            tl.store(marks + place * VP * KP + row[:, None] * KP + d[None, :], s)
+            tl.store(marks + place * VP * KP + row[:, None] * KP + d[None, :], S)
             tl.store(corrected + place * C * VP + r[None, :] * VP + row[:, None], x)
         keeps = tl.load(kept + wide)
         S = tl.dot(x, keeps, S * tl.load(whole + place * KP + d)[None, :], input_precision=PRECISION)

@@ -12,6 +12,8 @@ from opreg.select import explain
 NAMES = ("q", "k", "v", "decay", "erase", "write", "initial_state")
 GDN, KDA, GDN2 = (False, False, False), (True, False, False), (True, True, True)
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+# Gradients of a gate are sums of terms that cancel, and may be two numbers. TF32 cuts to 11 bits in the interpreter.
+OF_GRADIENTS = {FP32: 1e-5, BF16: 5e-3, FP16: 1e-3}
 
 
 @pytest.fixture(autouse=True)
@@ -54,9 +56,9 @@ def grads_for(call):
 
 
 def check(call, limit=None, backward=True):
-    """Results, and gradients, as near to float64 as the op allows its kernels to be."""
-    if limit is None:
-        limit = gated_delta_rule.op.tolerances[call["v"].dtype][0]
+    """Results as near to float64 as the op allows its kernels to be, and gradients."""
+    of_gradients = limit or OF_GRADIENTS[call["v"].dtype]
+    limit = limit or gated_delta_rule.op.tolerances[call["v"].dtype][0]
     given = {name: x for name, x in call.items() if isinstance(x, torch.Tensor)}
     wide = {name: x.double().requires_grad_() for name, x in given.items()}
     out, state = truth({**call, **wide})
@@ -72,7 +74,7 @@ def check(call, limit=None, backward=True):
     for (name, x), exact in zip(given.items(), want, strict=True):
         assert found[name].dtype == (FP32 if name == "initial_state" else x.dtype)
         assert found[name].shape == x.shape
-        assert rms(found[name], exact) < limit, name
+        assert rms(found[name], exact) < of_gradients, name
 
 
 # Sizes (b, t, hk, hv, k, v): ratios 1, 2 and 4, odd channels, tokens around 16 (the last without chunks), 32 and 64.
@@ -177,6 +179,19 @@ def test_equal_keys_that_erase_in_full(vectors):
     check(call, 1e-5)
 
 
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+@pytest.mark.usefixtures("products")
+def test_nearly_equal_keys_in_bfloat16(noise):
+    """Chunks amplify what the corrected values lose: with operands of 8 bits by 6e-2 of the outputs."""
+    g = torch.Generator().manual_seed(5)
+    call = make_rule_call((1, 130, 1, 1, 32, 32), GDN)
+    keys = torch.randn(1, 1, 1, 32, generator=g) + noise * torch.randn(1, 130, 1, 32, generator=g)
+    call["k"] = torch.nn.functional.normalize(keys, dim=-1)
+    call["q"] = torch.nn.functional.normalize(keys + 0.3 * torch.randn(1, 130, 1, 32, generator=g), dim=-1)
+    call["erase"][:], call["write"][:], call["decay"][:] = 1.0, 1.0, -1e-4
+    check({name: x.to(BF16) for name, x in call.items()}, 5e-3)
+
+
 @pytest.mark.parametrize(("vectors", "length"), [(GDN, 9), (GDN, 40), (GDN2, 40)])
 def test_neither_a_second_run_nor_company_changes_a_bit(vectors, length):
     call = make_rule_call((3, length, 1, 2, 16, 16), vectors)
@@ -246,7 +261,7 @@ def test_dtypes_mix(length):
         {"q": BF16, "k": FP16, "decay": FP64, "write": BF16, "initial_state": FP64},
         {"q": FP64, "k": FP64, "v": FP16, "erase": FP16, "initial_state": FP16},
     ):
-        check({name: x.to(dtypes.get(name, FP32)) for name, x in call.items()}, 4e-3)
+        check({name: x.to(dtypes.get(name, FP32)) for name, x in call.items()}, 5e-3)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ KERNELS = {"step_rule", "solve_rule", "run_rule", "back_rule", "part_rule", "sha
 def ceilings(dtype: str, size: str) -> dict[str, int]:
     """Bytes that ptxas spills at most, written and read, of kernels for which no tiles were found that spill none."""
     if dtype == "bfloat16":
-        return {"share_rule": 80}
+        return {"share_rule": 80, "run_rule": 24 if size == "16x16" else 0}
     # Products of float32 hold three parts of every operand.
     found = {"share_rule": 128, "part_rule": 32, "run_rule": 32}
     return {**found, "run_rule": 1772, "back_rule": 384} if size == "256x256" else found
@@ -43,8 +43,8 @@ def check(dtype: str, rule: str, size: str, capsys: pytest.CaptureFixture[str]) 
     assert {name for name, *_ in made} == KERNELS
     for name, _, _, spilled, shared, products in made:
         assert spilled <= ceilings(dtype, size).get(name, 0), name
-        # Of 227 KB on a multiprocessor: two programs find room.
-        assert shared <= 113 * 1024, name
+        # What GPUs of compute capability 8.6 and 8.9 have; two programs find room in the 227 KB of this one.
+        assert shared <= 99 * 1024, name
         assert products == (name != "step_rule"), name
 
 

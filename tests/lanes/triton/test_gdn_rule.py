@@ -109,7 +109,9 @@ def test_16_bits(vectors, dtype):
 @pytest.mark.usefixtures("products")
 def test_every_rule_and_length(vectors, length, dtype):
     ratio, k, v = ((1, 128, 64), (2, 60, 100), (4, 32, 256))[(length + sum(vectors)) % 3]
-    check(make_rule_call((1, length, 1, ratio, k, v), vectors, state=length % 2 == 0, dtype=dtype))
+    call = make_rule_call((1, length, 1, ratio, k, v), vectors, state=length % 2 == 0, dtype=dtype)
+    # A gate's gradient at one token is one number, which may be any part of the terms that it is the sum of.
+    check(call, backward=length > 1 or dtype == FP32)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The gated delta rule in Triton, for cuda and xpu: what launches the kernels of gdn_rule_step.py and _chunk.py."""
+"""The gated delta rule and its gradients in Triton, for cuda and xpu: what launches the kernels of gdn_rule_*.py."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from opreg.select import explain
 NAMES = ("q", "k", "v", "decay", "erase", "write", "initial_state")
 GDN, KDA, GDN2 = (False, False, False), (True, False, False), (True, True, True)
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-# Gradients of a gate are sums of terms that cancel. In bfloat16 most of it is that the interpreter, as `products` has it,
+# Gradients of a gate are sums of terms that cancel. In bfloat16 most of it is that the interpreter, as `products` is,
 # cuts operands to TF32: where they are rounded, as in programs for NVIDIA (cvt.rna), 5.1e-3 are 1.5e-3.
 OF_GRADIENTS = {FP32: 1e-5, BF16: 8e-3, FP16: 1e-3}
 

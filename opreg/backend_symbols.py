@@ -66,8 +66,8 @@ def sizes_named_by_order(inputs: Sequence[Any]) -> Iterator[None]:
             found[0].output_strides = _renamed(found[0].output_strides, back)
             yield found
 
-    FxGraphCachePickler._reduce_symint = reduced  # type: ignore[method-assign]
-    CompiledFxGraph.prepare_for_serialization = prepared  # type: ignore[method-assign]
+    FxGraphCachePickler._reduce_symint = reduced  # type: ignore[method-assign,assignment]
+    CompiledFxGraph.prepare_for_serialization = prepared  # type: ignore[method-assign,assignment]
     FxGraphCache.iterate_over_candidates = candidates  # type: ignore[method-assign,assignment]
     try:
         yield

@@ -80,8 +80,8 @@ def rows(report: Report) -> list[tuple[str, str, str, str]]:
                 found.append((times, f"{p.index}", "-- " + ", ".join(p.ops), "runs as it is"))
                 continue
             same = kind_of(p)
-            seconds = report.seconds.get(same)
-            remark = f"distinct {numbers[same]}" + (f", compiled in {seconds:.2f} s" if _compiled(seconds) else "")
+            seconds = _seconds(report, same)
+            remark = f"distinct {numbers[same]}" + (f", compiled in {seconds:.2f} s" if seconds is not None else "")
             made = shapes(p)
             found.append(
                 (times, f"{p.index}", f"{len(p.ops)} ops: {gist(p.ops)}", remark + f", makes {made}" * bool(made))
@@ -89,9 +89,9 @@ def rows(report: Report) -> list[tuple[str, str, str, str]]:
     return found
 
 
-def _compiled(seconds: float | None) -> bool:
-    """Nothing compiles a piece in less than 5 ms: then it runs as it is, and there is no time to show."""
-    return seconds is not None and seconds >= 0.005
+def _seconds(report: Report, piece: int) -> float | None:
+    """How long a piece was compiled, if it was: with inner="eager" it runs as it is, and there is no time to show."""
+    return None if report.inner == "eager" else report.seconds.get(piece)
 
 
 def gist(ops: Sequence[str], room: int = 60) -> str:
@@ -176,8 +176,8 @@ def _bar(p: PieceReport, report: Report, numbers: dict[int, int], y: int) -> str
     same = kind_of(p)
     number = numbers[same]
     fill = _FILLS[(number - 1) % len(_FILLS)]
-    seconds = report.seconds.get(same)
-    right = f"distinct {number}" + (f" · {seconds:.2f} s" if _compiled(seconds) else "")
+    seconds = _seconds(report, same)
+    right = f"distinct {number}" + (f" · {seconds:.2f} s" if seconds is not None else "")
     return (
         f'<g><title>{tip}</title><rect x="{_LEFT}" y="{y}" width="{width}" height="{_ROW + _LINE - 8}" rx="5" '
         f'fill="{fill}" stroke="#9aa4ad"/><text x="{_LEFT + 10}" y="{y + 17}">{p.index} · '

@@ -11,6 +11,7 @@ A graph without a write, or without a gradient, needs neither and is not looked 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from types import BuiltinFunctionType
 from typing import Any
@@ -41,6 +42,8 @@ class Gradients:
         # value -> the last piece that writes it, and all pieces that write which value.
         self._written: dict[Any, int] = {}
         self._writers: set[tuple[int, Any]] = set()
+        # Values that are also written through another tensor, a view of theirs.
+        self._seen_through: set[Any] = set()
         self._writes: dict[Any, list[Any]] = {}
         self._outside: dict[int, list[Any]] = {}
         self._group()
@@ -68,6 +71,8 @@ class Gradients:
                         owner.update(dict.fromkeys(classes.members(other), root))
                     owner.setdefault(target, root)
                 known = owner[target]
+                if target is not known:
+                    self._seen_through.add(known)
                 self._written[known] = max(index, self._written.get(known, -1))
                 self._writers.add((index, known))
 
@@ -121,7 +126,10 @@ class Gradients:
         value = value_of(node)
         if not isinstance(value, torch.Tensor) or not value.requires_grad:
             return False
-        return self._until.get(self._owner.get(node, node), -1) < index
+        known = self._owner.get(node, node)
+        if known in self._seen_through and self._written[known] >= index:
+            return False  # autograd refuses to write a view of what had no gradient before it was written
+        return self._until.get(known, -1) < index
 
     def detach(self, piece: Piece) -> None:
         """Choose the inputs of a compiled piece that go in without a gradient."""
@@ -129,7 +137,13 @@ class Gradients:
 
     def cut(self, piece: Piece) -> None:
         """Choose the results of a compiled piece that come out without a gradient."""
-        piece.cut = frozenset(n for n in piece.exports if self.ends_before(n, piece.index + 1))
+        found = frozenset(n for n in piece.exports if self.ends_before(n, piece.index + 1))
+        if found:
+            # Not of results that share storage: AOTAutograd makes such views again, and may miscount where one of them
+            # is detached and `contiguous` had nothing to do. Who takes them detaches them.
+            count = Counter(storage for n in piece.exports for storage in storages(value_of(n)))
+            found = frozenset(n for n in found if all(count[storage] == 1 for storage in storages(value_of(n))))
+        piece.cut = found
 
     def copy(self, piece: Piece) -> None:
         """Choose what a compiled piece takes or gives as a copy, because it may have kept what it or another writes."""

@@ -166,6 +166,27 @@ def written_in_a_region(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
     return blend(z, y) * t
 
 
+def view_of_what_did_not_move(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    # c is a view of a, since the second `contiguous` has nothing to do, and is read for nothing behind the border.
+    a = (x * 1).t().contiguous().t()
+    c = a.t().contiguous().t()
+    m = y * 2
+    m.add_(c)
+    b = blend(m, w)
+    d = c * 2  # noqa: F841
+    return b * a
+
+
+def dead_write_through_a_view(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    # Autograd refuses to write a view of what had no gradient before m was written.
+    m = x * 1
+    b = blend(y * 2, w)
+    part = m[:, :3]
+    m.mul_(y.sin())
+    part.mul_(0.5)
+    return b
+
+
 PROGRAMS: list[Callable[..., Any]] = [
     dead_write,
     dead_result,
@@ -181,6 +202,8 @@ PROGRAMS: list[Callable[..., Any]] = [
     old_value_kept_of_a_buffer,
     old_value_multiplied,
     written_in_a_region,
+    view_of_what_did_not_move,
+    dead_write_through_a_view,
 ]
 
 

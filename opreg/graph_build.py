@@ -231,8 +231,10 @@ class Stitcher:
                 self.used.append([name])
 
     def _comes_detached(self, node: Any) -> bool:
-        home = self.plan.piece_of.get(node)
-        return home is not None and node in self.plan.pieces[home].cut
+        home, gradients = self.plan.piece_of.get(node), self.keys.gradients
+        if home is None or gradients is None or gradients.is_written(node):
+            return False
+        return node in self.plan.pieces[home].cut
 
     def function(self, runs: dict[int, Callable[..., Any]]) -> Callable[..., Any]:
         """Generate and compile the function; `runs` maps the index of a compiled piece to its callable."""

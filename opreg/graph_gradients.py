@@ -42,9 +42,12 @@ class Gradients:
         # value -> the last piece that writes it, and all pieces that write which value.
         self._written: dict[Any, int] = {}
         self._writers: set[tuple[int, Any]] = set()
-        # Values that are also written through another tensor, a view of theirs.
+        # Values that are also written through another tensor, a view of theirs; and that a write may give a gradient.
         self._seen_through: set[Any] = set()
+        self._given: set[Any] = set()
         self._writes: dict[Any, list[Any]] = {}
+        # Pieces in which the gradient of anything matters.
+        self._live: set[int] = set()
         self._outside: dict[int, list[Any]] = {}
         self._group()
         end = len(plan.pieces)
@@ -63,6 +66,7 @@ class Gradients:
         for node, written in self.plan.mutations:
             targets = self._writes.setdefault(node, [])
             targets += nodes_in(written)
+            gives = any(_wants_gradient(value_of(a)) for a in _inputs_of(node) if a not in targets)
             index = self.plan.piece_of.get(node, -1)
             for target in targets:
                 if target not in owner:
@@ -73,6 +77,8 @@ class Gradients:
                 known = owner[target]
                 if target is not known:
                     self._seen_through.add(known)
+                if gives:
+                    self._given.add(known)
                 self._written[known] = max(index, self._written.get(known, -1))
                 self._writers.add((index, known))
 
@@ -94,6 +100,7 @@ class Gradients:
     def _visit(self, step: Any, index: int) -> None:
         args = _inputs_of(step)
         if args and self._matters(step):
+            self._live.add(index)
             self._mark(args, index)
 
     def _matters(self, step: Any) -> bool:
@@ -127,13 +134,20 @@ class Gradients:
         if not isinstance(value, torch.Tensor) or not value.requires_grad:
             return False
         known = self._owner.get(node, node)
-        if known in self._seen_through and self._written[known] >= index:
+        if known in self._seen_through and known in self._given and self._written[known] >= index:
             return False  # autograd refuses to write a view of what had no gradient before it was written
         return self._until.get(known, -1) < index
 
     def detach(self, piece: Piece) -> None:
         """Choose the inputs of a compiled piece that go in without a gradient."""
-        piece.detached = frozenset(n for n in piece.inputs if self.ends_before(n, piece.index))
+        dead = piece.index not in self._live
+        piece.detached = frozenset(
+            n for n in piece.inputs if self.ends_before(n, piece.index) or (dead and _wants_gradient(value_of(n)))
+        )
+
+    def is_written(self, node: Any) -> bool:
+        """Whether anything writes a value, and may give it a gradient."""
+        return self._owner.get(node, node) in self._written
 
     def cut(self, piece: Piece) -> None:
         """Choose the results of a compiled piece that come out without a gradient."""

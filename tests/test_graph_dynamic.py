@@ -196,6 +196,11 @@ def test_random_programs(first: int) -> None:
     assert sum(checked) >= 3, "autograd itself refuses some"
 
 
+@pytest.mark.parametrize("seed", [1251, 1953, 3219, 4251])
+def test_programs_that_were_refused_once(seed: int) -> None:
+    assert check(seed, "aot_eager")
+
+
 if __name__ == "__main__":
     bad: list[int] = []
     counts = [0, 0]

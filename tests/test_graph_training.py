@@ -319,3 +319,18 @@ def test_a_copy_has_the_strides_and_passes_gradients(view: Callable[[Tensor], Te
     weight = torch.randn(value.shape)
     got, want = (torch.autograd.grad((v * weight).sum(), base)[0] for v in (copy, value))
     torch.testing.assert_close(got, want)
+
+
+def dead_piece(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    # No gradient matters between the borders, though y's does elsewhere; and the write would give m one.
+    m = x * 1
+    b = blend(y * 2, w)
+    m.mul_(y.sin())
+    blend(m * 1, w)
+    return b * y + (m > 0)
+
+
+def test_a_piece_in_which_no_gradient_matters_takes_none() -> None:
+    piece = next(p for p in split_of(dead_piece).pieces if not p.split and p.index > 0)
+    assert {n.name for n in piece.inputs} == {n.name for n in piece.detached}
+    assert any("y" in n.name for n in piece.detached)

@@ -37,18 +37,19 @@ class SplitGraph:
     ) -> None:
         self.root = gm
         self.targets = targets
-        with rare_collections(), torch._C.DisableTorchFunctionSubclass():
-            # Asked with torch functions off, a fake tensor gives its sizes in half the time.
-            self.plan: Plan = make_plan(gm.graph, targets)
-            self.keys = Keys(self.plan, gm)
-            self.keys.run()
-        self.lifted: list[str] = [] if lift is None else lift_constants(self.plan, lift)
-        self.same: list[int] = []
-        first: dict[Any, int] = {}
-        for piece in self.pieces:
-            self.same.append(piece.index if piece.split else first.setdefault(piece.key, piece.index))
-        self._likes = Counter(self.same)
-        self.modules: dict[int, GraphModule] = {i: self.build(i) for i in dict.fromkeys(first.values())}
+        with rare_collections():
+            with torch._C.DisableTorchFunctionSubclass():
+                # Asked with torch functions off, a fake tensor gives its sizes in half the time.
+                self.plan: Plan = make_plan(gm.graph, targets)
+                self.keys = Keys(self.plan, gm)
+                self.keys.run()
+            self.lifted: list[str] = [] if lift is None else lift_constants(self.plan, lift)
+            self.same: list[int] = []
+            first: dict[Any, int] = {}
+            for piece in self.pieces:
+                self.same.append(piece.index if piece.split else first.setdefault(piece.key, piece.index))
+            self._likes = Counter(self.same)
+            self.modules: dict[int, GraphModule] = {i: self.build(i) for i in dict.fromkeys(first.values())}
         self._runs: dict[int, Callable[..., Any]] = dict(self.modules)
         self._function: Callable[..., Any] | None = None
 
@@ -72,7 +73,8 @@ class SplitGraph:
 
     def build_all(self) -> dict[int, GraphModule]:
         """A module for every piece that is not splitting, for tools that want them apart."""
-        return {p.index: build_piece(self.keys, p, self.root, False) for p in self.pieces if not p.split}
+        with rare_collections():
+            return {p.index: build_piece(self.keys, p, self.root, False) for p in self.pieces if not p.split}
 
     def use(self, index: int, run: Callable[..., Any]) -> None:
         """Run `run(*inputs) -> tuple of outputs` instead of the module of distinct piece `index`."""

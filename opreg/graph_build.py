@@ -17,6 +17,7 @@ from opreg import registry
 from opreg.graph_gradients import kept, renew
 from opreg.graph_key import Keys
 from opreg.graph_lift import Lifted, overload_of
+from opreg.graph_nodes import NO_KWARGS, adder
 from opreg.graph_ops import value_of
 from opreg.graph_plan import Piece, Plan, Step
 
@@ -26,11 +27,12 @@ def build_piece(keys: Keys, piece: Piece, root: Any, shared: bool) -> GraphModul
 
     shared: several pieces will run this module."""
     graph = Graph()
+    add = adder(graph)
     made: dict[Any, Any] = {}
     owned: dict[str, Any] = {}
     for node in piece.inputs:
         name = f"lifted_{len(made)}" if isinstance(node, Lifted) else _identifier(node.name)
-        made[node] = new = graph.placeholder(name)
+        made[node] = new = add("placeholder", name, (), NO_KWARGS, name)
         new.meta.update(node.meta)
         if shared:
             # It says that an input's address never changes; a piece that several layers share gets the weights of each.
@@ -43,25 +45,25 @@ def build_piece(keys: Keys, piece: Piece, root: Any, shared: bool) -> GraphModul
     for node in piece.renewed:
         made[node] = graph.call_method("clone", (made[node],))
 
+    find, lifts = made.get, piece.lifts
     for step in piece.steps:
-        target, args, kwargs = step.target, step.args, step.kwargs
-        if step in piece.lifts:
-            target, given = piece.lifts[step]
-            args = tuple(given.get(i, a) for i, a in enumerate(args))
-            kwargs = {k: given.get(k, a) for k, a in kwargs.items()}
-        new = graph.create_node(step.op, target, None, None, step.name)
-        # Given to create_node, arguments are first searched for symbols, which takes longer than making the node.
-        new.args = _argument(args, made, keys)
-        if kwargs:
-            new.kwargs = _argument(kwargs, made, keys)
+        op, target, args, kwargs = step.op, step.target, step._args, step._kwargs
+        if lifts and step in lifts:
+            target, lifted = lifts[step]
+            args = tuple(lifted.get(i, a) for i, a in enumerate(args))
+            kwargs = {k: lifted.get(k, a) for k, a in kwargs.items()}
+        # What _argument() would do, for what almost all arguments are: values of this piece, and numbers.
+        args = tuple(
+            [a if type(a) is int else (find(a) if type(a) is Node else None) or _argument(a, made, keys) for a in args]
+        )
+        made[step] = new = add(op, target, args, _argument(kwargs, made, keys) if kwargs else NO_KWARGS, step.name)
         new.meta.update(step.meta)
-        if step.op in ("call_module", "get_attr"):
-            owned[str(step.target)] = keys.attribute(step.target)
-        made[step] = new
+        if op == "call_module" or op == "get_attr":
+            owned[str(target)] = keys.attribute(target)
     results = (*piece.exports, *piece.renewed)
     graph.output(tuple(graph.call_method("detach", (made[n],)) if n in piece.cut else made[n] for n in results))
     # Its Python code is written when it is first called; Inductor needs none, and writing it takes the longest.
-    module = _LazyGraphModule(_Owner(owned), graph, class_name=f"Piece{piece.index}")
+    module = _LazyGraphModule(_Owner(owned) if owned else {}, graph, class_name=f"Piece{piece.index}")
     module.meta.update(getattr(root, "meta", {}))
     return module
 

@@ -52,7 +52,7 @@ class Gradients:
         self._group()
         end = len(plan.pieces)
         # What comes from outside can be seen there afterwards.
-        self._mark([n for n in plan.graph.nodes if n.op in ("placeholder", "get_attr")], end)
+        self._mark([*plan.placeholders, *plan.attributes], end)
         self._mark(plan.output.all_input_nodes if plan.output is not None else (), end)
         for step in reversed(plan.tail):
             self._visit(step, end)
@@ -225,7 +225,8 @@ def gradients_of(plan: Plan) -> Gradients | None:
         return None
     if any(name_of(node.target) in RESHAPING for node, _ in plan.mutations):
         return None  # the storage a value has after it is not the one it had
-    if not any(_wants_gradient(value_of(n)) for n in plan.graph.nodes if n.op in ("placeholder", "get_attr")):
+    given = [value_of(n) for n in [*plan.placeholders, *plan.attributes]]
+    if not any(v.requires_grad if type(v) is FakeTensor else _wants_gradient(v) for v in given):
         return None
     found = Gradients(plan)
     return found if found.plain else None

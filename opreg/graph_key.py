@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import torch
@@ -142,11 +142,7 @@ class Keys:
         piece.inputs = inputs
         if self.gradients is not None and not piece.split:
             self.gradients.detach(piece)
-        kinds: tuple[int, ...] = ()
-        if piece.detached:
-            kinds = tuple([self._kind(n, n in piece.detached) for n in inputs])
-        elif not piece.split:
-            kinds = tuple([self._kind(n) for n in inputs])
+        kinds = () if piece.split else self._kinds_of(inputs, piece.detached)
         # A compiler treats inputs that share storage apart where one of them is written.
         shared = _shared(inputs) if piece.index in self._writers and not piece.split else None
         content = (tokens, kinds, shared)
@@ -228,8 +224,10 @@ class Keys:
             for a in arg:
                 self._walk(a, known, inputs, add)
             add(END)
+        elif kind is float and arg and arg == arg:
+            add((float, arg))
         elif kind is bool or kind is float or kind is complex:
-            # 1, True and 1.0 are equal in Python, and 0.0 equals -0.0.
+            # 1, True and 1.0 are equal in Python, 0.0 equals -0.0, and nan equals nothing.
             add((kind, repr(arg)))
         elif isinstance(arg, dict):
             add(DICT)
@@ -273,19 +271,25 @@ class Keys:
 
     def _kind(self, node: Any, detached: bool = False) -> int:
         """A number for what a compiler may specialise on in one input, so that little is kept of a graph's many."""
-        key = (node, True) if detached else node
-        found = self._kind_of.get(key)
+        value = value_of(node)
+        if value is None and node.op == "get_attr":
+            value = self.attribute(node.target)
+        if detached:
+            value = value.detach()
+        meta = fake_key(value) if type(value) is FakeTensor else meta_key(value)
+        found = self._numbers.get(meta)
         if found is None:
-            value = value_of(node)
-            if value is None and node.op == "get_attr":
-                value = self.attribute(node.target)
-            if detached:
-                value = value.detach()
-            meta = fake_key(value) if type(value) is FakeTensor else meta_key(value)
-            found = self._kind_of[key] = self._numbers.setdefault(meta, len(self._kinds))
-            if found == len(self._kinds):
-                self._kinds.append(meta)
+            found = self._numbers[meta] = len(self._kinds)
+            self._kinds.append(meta)
+        if not detached:
+            self._kind_of[node] = found
         return found
+
+    def _kinds_of(self, nodes: Iterable[Any], detached: Container[Any]) -> tuple[int, ...]:
+        known, new = self._kind_of.get, self._kind
+        if detached:
+            return tuple([new(n, n in detached) for n in nodes])
+        return tuple([new(n) if (kind := known(n)) is None else kind for n in nodes])
 
 
 def _shared(inputs: Iterable[Any]) -> tuple[int, ...]:

@@ -153,9 +153,12 @@ def mutation(op: str, target: Any, name: str) -> Callable[[Any], list[Any]] | No
 
 def keyword_mutation(node: Any) -> list[Any]:
     """What `out=` and `inplace=True` write, for any target."""
-    written = node.kwargs.get("out")
+    kwargs = node._kwargs
+    if not kwargs:
+        return []
+    written = kwargs.get("out")
     found = list(written) if isinstance(written, tuple | list) else [] if written is None else [written]
-    if node.kwargs.get("inplace") is True and node.args:
+    if kwargs.get("inplace") is True and node.args:
         found.append(node.args[0])
     return found
 

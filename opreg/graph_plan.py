@@ -72,6 +72,7 @@ class Plan:
         self.pieces: list[Piece] = []
         self.piece_of: dict[Any, int] = {}
         self.placeholders: list[Node] = []
+        self.attributes: list[Node] = []
         self.output: Node | None = None
         self.symbols: dict[Any, Node] = {}
         # Instead of crossing: another node, a literal (with nodes inside), or the node computed again where it is used.
@@ -146,11 +147,12 @@ def _assign(plan: Plan, targets: Mapping[Any, str]) -> None:
     waiting: set[Any] = set()
     scalars: set[Any] = set()
     current: Piece | None = None
-    level = 0
+    nodes: list[Any] = []
+    index = level = 0
+    computing = False  # whether the current piece is one that is compiled
     for node in plan.graph.nodes:
         op = node.op
-        meta = node.meta
-        value = meta.get("example_value")
+        value = (meta := node.meta).get("example_value")
         if value is None:
             value = meta.get("val")
         if op == "call_function" or op == "call_method":
@@ -160,14 +162,19 @@ def _assign(plan: Plan, targets: Mapping[Any, str]) -> None:
                 facts = facts_of[target] = OpFacts(op, target, target in targets)
                 if facts.split:
                     plan.matched.add(targets[target])
-            kwargs = node._kwargs
-            kind = facts.kind
-            # Almost every node is an ordinary one, for which this line is all.
-            if not facts.plain or level or (kwargs and ("out" in kwargs or "inplace" in kwargs)):
-                kind = _kind(plan, node, value, facts, waiting, scalars, facts_of, level)
-                level += facts.level
             if type(value) in _TUPLES:
                 plan.tuples.append(node)
+            # Almost every node is an ordinary one, for which these lines are all.
+            kwargs = node._kwargs
+            if facts.plain and not level and not (kwargs and ("out" in kwargs or "inplace" in kwargs)):
+                if computing and not pending:
+                    nodes.append(node)
+                    piece_of[node] = index
+                    continue
+                kind = COMPUTE
+            else:
+                kind = _kind(plan, node, value, facts, waiting, scalars, facts_of, level)
+                level += facts.level
             if kind == ITEM:
                 home = piece_of.get(node.args[0])
                 if home is not None:
@@ -186,6 +193,7 @@ def _assign(plan: Plan, targets: Mapping[Any, str]) -> None:
                 plan.symbols.setdefault(value.node.expr, node)
             continue
         elif op == "get_attr":
+            plan.attributes.append(node)
             if isinstance(value, torch.nn.Module) or isinstance(_attribute(plan.graph, node), torch.nn.Module):
                 plan.modules.append(node)
             continue
@@ -204,7 +212,7 @@ def _assign(plan: Plan, targets: Mapping[Any, str]) -> None:
                 _settle(pending, waiting, current, piece_of)
             current = Piece(len(pieces), split)
             pieces.append(current)
-            nodes, index = current.nodes, current.index
+            nodes, index, computing = current.nodes, current.index, not split
         if pending:
             _settle(pending, waiting, current, piece_of)
         nodes.append(node)

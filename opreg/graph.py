@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from opreg import registry
 from opreg.garbage import rare_collections
 from opreg.graph_build import Stitcher, build_piece, shape_text
-from opreg.graph_key import Keys, digest
+from opreg.graph_key import Keys
 from opreg.graph_lift import lift_constants
 from opreg.graph_ops import name_of, targets_of, value_of
 from opreg.graph_plan import Piece, Plan, make_plan
@@ -111,7 +111,7 @@ class SplitGraph:
                     ops=tuple(op_text(n, self.targets) for n in piece.nodes),
                     inputs=tuple(shape_text(n) for n in piece.inputs),
                     outputs=tuple(shape_text(n) for n in piece.exports),
-                    digest=digest(piece.key),
+                    digest=self.keys.digest_of(piece),
                     same_as=None if same == piece.index else same,
                     why_distinct=reason,
                 )

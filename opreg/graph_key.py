@@ -79,9 +79,9 @@ class Keys:
         self._writers = {plan.piece_of.get(node) for node, _ in plan.mutations}
 
     def run(self) -> None:
-        """Fill `inputs`, `exports` and `key` of every piece."""
+        """Fill `inputs` and `exports` of every piece, and the keys of those that are compiled."""
         plan = self.plan
-        drafts = [self._draft(piece) for piece in plan.pieces]
+        drafts = [self._take(piece) if piece.split else self._draft(piece) for piece in plan.pieces]
         self.outside([plan.output.args] if plan.output is not None else [], plan.tail)
         exports: list[list[Any]] = [[] for _ in drafts]
         home_of = plan.piece_of
@@ -89,21 +89,32 @@ class Keys:
             home = home_of.get(node)
             if home is not None:
                 exports[home].append(node)
-        for piece, (body, holes), found in zip(plan.pieces, drafts, exports, strict=True):
+        for piece, draft, found in zip(plan.pieces, drafts, exports, strict=True):
             # To keep the places of all nodes from the drafts would cost more than to look these few up again.
             steps = piece.steps
             at = steps.index if len(found) < 5 else {step: i for i, step in enumerate(steps)}.__getitem__
             places = sorted([at(node) for node in found])
             piece.exports = [steps[i] for i in places]
+            if draft is None:
+                continue
             ends: list[Any] = [_LOCAL[i] for i in places]
-            if self.gradients is not None and not piece.split:
+            if self.gradients is not None:
                 self.gradients.cut(piece)
                 self.gradients.copy(piece)
                 if piece.cut:
                     cuts = _marks(_CUT, "detached %", max(places, default=-1) + 1)
                     ends = [cuts[i] if steps[i] in piece.cut else _LOCAL[i] for i in places]
                 ends += [(_INPUT[piece.inputs.index(node)], node in piece.cut) for node in piece.renewed]
-            piece.key = (body, tuple(ends), holes)
+            piece.key = (draft[0], tuple(ends), draft[1])
+
+    def digest_of(self, piece: Piece) -> str:
+        """A name for a piece that is the same in every process."""
+        if piece.key is None:
+            holes: list[Any] = []
+            body = Body(self._tokens(piece, [], holes), ())
+            places = {step: i for i, step in enumerate(piece.steps)}
+            piece.key = (body, tuple([_LOCAL[places[node]] for node in piece.exports]), tuple(holes))
+        return digest(piece.key)
 
     def outside(self, values: Iterable[Any], tail: Iterable[Any]) -> None:
         """Mark what the graph's output, and the views made again for it, need from the pieces."""
@@ -132,19 +143,39 @@ class Keys:
                     return known
         return node
 
+    def _take(self, piece: Piece) -> None:
+        """What goes into a piece that runs as it is, whose key only a report wants."""
+        inputs: list[Any] = []
+        known = set(piece.steps)
+        for step in piece.steps:
+            for arg in step._input_nodes if type(step) is Node else nodes_in(step._args):
+                if arg not in known:
+                    self._find(arg, known, inputs)
+        self.needed.update(inputs)
+        piece.inputs = inputs
+
+    def _find(self, arg: Any, known: set[Any], inputs: list[Any]) -> None:
+        if arg.op != "placeholder" and (other := self.cross(arg)) is not arg:
+            for node in nodes_in(other):
+                if node not in known:
+                    self._find(node, known, inputs)
+        elif arg not in known:
+            known.add(arg)
+            inputs.append(arg)
+
     def _draft(self, piece: Piece) -> tuple[Body, tuple[Any, ...]]:
         inputs: list[Any] = []
         holes: list[Any] = []
         tokens = self._tokens(piece, inputs, holes)
         self.needed.update(inputs)
-        if self.plan.symbols and not piece.split:
+        if self.plan.symbols:
             inputs += self._unbound(inputs)
         piece.inputs = inputs
-        if self.gradients is not None and not piece.split:
+        if self.gradients is not None:
             self.gradients.detach(piece)
-        kinds = () if piece.split else self._kinds_of(inputs, piece.detached)
+        kinds = self._kinds_of(inputs, piece.detached)
         # A compiler treats inputs that share storage apart where one of them is written.
-        shared = _shared(inputs) if piece.index in self._writers and not piece.split else None
+        shared = _shared(inputs) if piece.index in self._writers else None
         content = (tokens, kinds, shared)
         body = self._bodies.get(content)
         if body is None:
@@ -363,6 +394,6 @@ def _text(token: Any) -> str:
 
 
 def digest(key: Any) -> str:
-    """A name for a piece that is the same in every process."""
+    """A name for a key that is the same in every process."""
     body, ends, holes = key
     return hashlib.sha256((body.digest + _text((ends, holes))).encode()).hexdigest()[:16]

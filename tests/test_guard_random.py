@@ -10,6 +10,7 @@ import contextlib
 import gc
 import itertools
 import random
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -293,7 +294,8 @@ def _what_comes(made: Made, call: Call, seed: int, contexts: list[str], inside: 
             written = [new - old for new, old in zip(after, before, strict=True)]
             return "fine", _describe(result), _describe((args, list(kwargs.values()))), written, _plain(NOTES)
         except Exception as error:
-            return "error", type(error).__name__, str(error)
+            # Where an object lies, which some messages say, may be the same twice and another the third time.
+            return "error", type(error).__name__, re.sub("0x[0-9a-f]+", "0x", str(error))
 
 
 def _plain(notes: list[Any]) -> list[str]:

@@ -132,6 +132,12 @@ def replay_views(plan: Plan) -> None:
             if len(crossing) < 2:
                 continue
             reshaped = any(m.op == "call_method" and m.target in RESHAPING for m in members)
+            for member in () if reshaped else members:
+                # What an in-place call returned crosses as the tensor it wrote, also where only a view made again
+                # uses it: as a value of its own a compiler might return it as a copy.
+                _, chain, same = classes.find(member)
+                if chain is not False and same is not member:
+                    plan.instead[member] = same
             for member in crossing:
                 if member is not root and member in plan.piece_of:
                     _replay(plan, node, member, False if reshaped else classes.find(member))

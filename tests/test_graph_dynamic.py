@@ -176,7 +176,7 @@ def check(seed: int, inner: Any) -> bool:
         try:
             want = {rows: outcome(run, rows, training) for rows in (4, 7, 5)}
         except RuntimeError as error:
-            if "modified by an inplace operation" in str(error) or "is a view and" in str(error):
+            if any(m in str(error) for m in ("modified by an inplace operation", "is a view and", "not require grad")):
                 return False
             raise
         options = {"split_on": ON, "inner": inner}

@@ -178,6 +178,12 @@ def test_random_programs(first: int) -> None:
     assert reported <= 2, "most programs must be split without a note"
 
 
+@pytest.mark.filterwarnings("ignore:An output with one or more elements was resized")
+def test_what_an_in_place_call_returned_is_viewed_through_the_tensor_it_wrote() -> None:
+    """Seed 4364: `add` and what `imul` made of it crossed one border each, and a view of the latter was written."""
+    test_random_programs(4350)
+
+
 def borders_carry_no_tuples(split: SplitGraph, known: bool) -> None:
     for piece in split.pieces:
         for node in (*piece.inputs, *piece.exports) if known else ():

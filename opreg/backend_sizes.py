@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,13 +90,14 @@ def plan_points(split: SplitGraph, asked: Any, sizes: Any) -> list[Variant]:
     """Sizes to record compiled pieces for: a variant for all sizes that are padded to its largest. Raises SizeError.
 
     asked: True for those of the option "sizes", else what that option would hold."""
+    entries = sizes if asked is True else asked
+    _check("cudagraphs", entries)
     used = set().union(*(_symbols(value_of(n)) for p in split.pieces if not p.split for n in p.inputs))
     names = {name: symbol for name, symbol in names_of_symbols(split).items() if symbol in used}
     if not names:
         return [Variant((), "")]
-    entries = sizes if asked is True else asked
     choices = {
-        symbol: sorted({_bound("sizes", e)[0] for e in found})
+        symbol: sorted({_bound("cudagraphs", e)[0] for e in found})
         for symbol, found in _by_symbol("cudagraphs", entries, names, list(dict.fromkeys(names.values()))).items()
     }
     missing = [name for name, symbol in names.items() if not choices.get(symbol)]
@@ -116,9 +117,23 @@ def plan_points(split: SplitGraph, asked: Any, sizes: Any) -> list[Variant]:
     return points
 
 
+def _check(option: str, asked: Any) -> None:
+    """Refuse what no graph could use, also where this one has no dynamic sizes. Raises SizeError."""
+    for entries in asked.values() if isinstance(asked, Mapping) else [asked] if asked else []:
+        if isinstance(entries, str) or not isinstance(entries, Collection):
+            what = "pairs (first, last)" if option == "ranges" else "sizes"
+            raise SizeError(
+                f'option "{option}" holds {entries!r} where a list of {what} belongs; a mapping has such a list '
+                "for each size's name."
+            )
+        for entry in entries:
+            _bound(option, entry)
+
+
 def _by_symbol(option: str, asked: Any, names: dict[str, Any], symbols: list[Any]) -> dict[Any, Sequence[Any]]:
     if not asked:
         return {}
+    _check(option, asked)
     if not isinstance(asked, Mapping):
         if len(symbols) > 1:
             raise SizeError(
@@ -140,13 +155,13 @@ def _by_symbol(option: str, asked: Any, names: dict[str, Any], symbols: list[Any
 
 
 def _bound(option: str, entry: Any) -> Bound:
-    if option == "sizes" and isinstance(entry, int) and not isinstance(entry, bool) and entry >= 0:
+    if option != "ranges" and isinstance(entry, int) and not isinstance(entry, bool) and entry >= 0:
         return entry, entry
     if option == "ranges" and isinstance(entry, tuple | list) and len(entry) == 2:
         low, high = entry
         if isinstance(low, int) and isinstance(high, int) and 0 <= low <= high:
             return low, high
-    what = "a size, a number from 0" if option == "sizes" else "a pair (first, last) of sizes, both included"
+    what = "a pair (first, last) of sizes, both included" if option == "ranges" else "a size, a number from 0"
     raise SizeError(f'option "{option}" holds {entry!r}, which is not {what}.')
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -132,15 +132,22 @@ def op_text(node: Any, targets: dict[Any, str]) -> str:
     return targets[node.target] if node.op == "call_function" and node.target in targets else name_of(node.target)
 
 
-def split_graph(gm: GraphModule, on: Iterable[Any] | None = None, *, lift: bool = False) -> SplitGraph:
+def split_graph(gm: GraphModule, on: Any = None, *, lift: bool = False) -> SplitGraph:
     """Cut `gm` before and after each of the ops `on`, without changing what it computes.
 
-    on: names ("ns::op" or "ns::op.overload"), OpOverloads, packets or what register_op returned; None means
-        splitting_ops(). Neighbouring splitting ops share a piece, also across views, allocations and getitem.
+    on: names ("ns::op" or "ns::op.overload"), OpOverloads, packets or what register_op returned, one or an iterable of
+        them; None means splitting_ops(). Neighbouring splitting ops share a piece, also across views, allocations and
+        getitem.
     lift: make names and ids of registered ops inputs of a piece where pieces differ in nothing else; those pieces are
         then the same, and call a stand-in of the op.
     Returns a SplitGraph: call it like `gm`; `.report()` tells what was cut; `gm` itself is not changed.
-    Raises UnknownOpError for a name that no operator has, with the nearest one."""
+    Raises UnknownOpError for a name that no operator has, with the nearest one, and TypeError for what is no
+        GraphModule."""
+    if not isinstance(gm, GraphModule):
+        raise TypeError(
+            f"split_graph: 'gm' is of type {type(gm).__name__}, not a torch.fx.GraphModule. Trace it first, with "
+            'torch.fx.symbolic_trace or make_fx; torch.compile(model, backend="opreg") splits what Dynamo traces.'
+        )
     return SplitGraph(gm, targets_of(splitting_ops() if on is None else on), fake_handle(gm) if lift else None)
 
 

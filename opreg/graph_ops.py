@@ -208,10 +208,10 @@ def _by_name(name: str) -> list[Any]:
     return targets
 
 
-def targets_of(on: Iterable[Any]) -> dict[Any, str]:
-    """{node target: the name the user gave} for names, OpOverloads, packets and opreg ops."""
-    if isinstance(on, str):
-        on = [on]
+def targets_of(on: Any) -> dict[Any, str]:
+    """{node target: the name the user gave} for names, OpOverloads, packets and opreg ops, one or several."""
+    if isinstance(on, str | OpOverloadPacket) or not isinstance(on, Iterable):
+        on = [on]  # a packet is an iterable, of its overloads' names
     found: dict[Any, str] = {}
     for item in on:
         if isinstance(item, OpOverload):

@@ -49,9 +49,9 @@ def fresh_dynamo() -> None:
     torch._dynamo.reset()
 
 
-def compiled(fn: Any, inner: Any, **options: Any) -> Any:
+def compiled(fn: Any, inner: Any, *, dynamic: bool = True, **options: Any) -> Any:
     options = {"inner": inner, "split_on": ["opreg_sizes::core"], **options}
-    return torch.compile(fn, backend="opreg", fullgraph=True, dynamic=True, options=options)
+    return torch.compile(fn, backend="opreg", fullgraph=True, dynamic=dynamic, options=options)
 
 
 def rows(n: int) -> Tensor:
@@ -113,13 +113,19 @@ def test_variants_compute_the_same(inner: str) -> None:
         (net, {"sizes": [-1]}, "holds -1, which is not a size"),
         (net, {"ranges": [(8, 4)]}, r"holds \(8, 4\), which is not a pair"),
         (net, {"ranges": [4]}, "holds 4, which is not a pair"),
+        (net, {"sizes": 4}, '"sizes" holds 4 where a list of sizes belongs'),
+        (net, {"sizes": {"x.size(0)": 4}}, '"sizes" holds 4 where a list of sizes belongs'),
+        (net, {"ranges": "4"}, r"\"ranges\" holds '4' where a list of pairs \(first, last\) belongs"),
+        (net, {"cudagraphs": 4}, '"cudagraphs" holds 4 where a list of sizes belongs'),
+        (net, {"cudagraphs": [-4]}, '"cudagraphs" holds -4, which is not a size'),
     ],
 )
 def test_bad_sizes_are_refused(fn: Any, options: dict[str, Any], message: str) -> None:
     args = (rows(5),) if fn is net else (rows(5), torch.ones(6))
-    with pytest.raises(Exception, match=message) as caught:
-        compiled(fn, "eager", **options)(*args)
-    assert isinstance(caught.value.__cause__ or caught.value.inner_exception, BackendError)
+    for dynamic in (True, False) if fn is net else (True,):  # a static graph knows no names of sizes
+        with pytest.raises(Exception, match=message) as caught:
+            compiled(fn, "eager", dynamic=dynamic, **options)(*args)
+        assert isinstance(caught.value.__cause__ or caught.value.inner_exception, BackendError)
 
 
 def test_a_static_graph_has_no_variants() -> None:

@@ -52,6 +52,13 @@ def test_unknown_names_are_refused_with_the_nearest() -> None:
         split_graph(gm, on=["attn"])
     with pytest.raises(UnknownOpError, match="42, which is no operator"):
         split_graph(gm, on=[42])
+    with pytest.raises(UnknownOpError, match="42, which is no operator"):
+        split_graph(gm, on=42)
+
+
+def test_what_is_no_graph_is_refused_with_what_to_do() -> None:
+    with pytest.raises(TypeError, match=r"'gm' is of type Linear, not a torch\.fx\.GraphModule\. Trace it first"):
+        split_graph(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -64,9 +71,11 @@ def test_ops_can_be_named_in_every_way(on: Any) -> None:
         a, _ = ns.pair(x + 1)
         return a + 1
 
-    split = split_graph(gm := trace(fn, X), on=[on])
-    assert kinds(split) == "CSC"
-    same(split, gm, X)
+    gm = trace(fn, X)
+    for given in (on, [on], (on,), {on}):
+        split = split_graph(gm, on=given)
+        assert kinds(split) == "CSC"
+        same(split, gm, X)
 
 
 def test_an_overload_that_is_not_called_is_not_split_at() -> None:

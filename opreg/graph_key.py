@@ -81,7 +81,10 @@ class Keys:
     def run(self) -> None:
         """Fill `inputs` and `exports` of every piece, and the keys of those that are compiled."""
         plan = self.plan
-        drafts = [self._take(piece) if piece.split else self._draft(piece) for piece in plan.pieces]
+        drafts = [None if piece.split else self._draft(piece) for piece in plan.pieces]
+        for piece in plan.pieces:
+            if piece.split:
+                self._take(piece)
         self.outside([plan.output.args] if plan.output is not None else [], plan.tail)
         exports: list[list[Any]] = [[] for _ in drafts]
         home_of = plan.piece_of

@@ -258,6 +258,18 @@ def test_equal_looking_constants_keep_pieces_apart() -> None:
     ]
 
 
+def test_the_sign_of_zero_keeps_pieces_apart_and_nan_does_not() -> None:
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        for limit in (0.0, -0.0, float("nan"), -float("nan"), 0.5, 0.5):
+            x = cut(torch.copysign(x, limit))
+        return x
+
+    report = split_graph(trace(fn, X), on=ON).report()
+    pieces = [p for p in report.pieces if not p.splitting]
+    assert [p.same_as for p in pieces] == [None, None, None, 4, None, 8]
+    assert pieces[1].why_distinct == "differs from 0: constant -0.0, not 0.0"
+
+
 def test_dtypes_strides_and_gradients_keep_pieces_apart() -> None:
     def fn(*inputs: torch.Tensor) -> list[torch.Tensor]:
         return [cut(x * 2) for x in inputs]

@@ -57,6 +57,8 @@ def test_nodes_are_found_erased_and_named_as_usual(graphs: tuple[Graph, Graph]) 
             new = graph.call_function(operator.add, (first, first))
         assert new.name not in {n.name for n in graph.nodes if n is not new}
         assert new.name == "add_2"
+        first._rename("total")
+        assert [n.name for n in new.args] == ["total", "total"]
         graph.lint()
 
 

@@ -114,10 +114,11 @@ class Keys:
         """A name for a piece that is the same in every process."""
         if piece.key is None:
             holes: list[Any] = []
-            body = Body(self._tokens(piece, [], holes), ())
-            places = {step: i for i, step in enumerate(piece.steps)}
-            piece.key = (body, tuple([_LOCAL[places[node]] for node in piece.exports]), tuple(holes))
-        return digest(piece.key)
+            tokens = self._tokens(piece, [], holes)
+            ends = tuple([_LOCAL[piece.steps.index(node)] for node in piece.exports])
+            piece.key = (Body(tokens, ()), ends, tuple(holes))
+        body, ends, holes = piece.key
+        return hashlib.sha256((body.digest + _text((ends, holes))).encode()).hexdigest()[:16]
 
     def outside(self, values: Iterable[Any], tail: Iterable[Any]) -> None:
         """Mark what the graph's output, and the views made again for it, need from the pieces."""
@@ -321,9 +322,7 @@ class Keys:
 
     def _kinds_of(self, nodes: Iterable[Any], detached: Container[Any]) -> tuple[int, ...]:
         known, new = self._kind_of.get, self._kind
-        if detached:
-            return tuple([new(n, n in detached) for n in nodes])
-        return tuple([new(n) if (kind := known(n)) is None else kind for n in nodes])
+        return tuple([new(n, True) if n in detached else new(n) if (k := known(n)) is None else k for n in nodes])
 
 
 def _shared(inputs: Iterable[Any]) -> tuple[int, ...]:
@@ -394,9 +393,3 @@ def _text(token: Any) -> str:
     if isinstance(token, type) or callable(token):
         return f"{getattr(token, '__module__', '')}.{getattr(token, '__qualname__', token)}"
     return f"{type(token).__name__}:{token!r}"
-
-
-def digest(key: Any) -> str:
-    """A name for a key that is the same in every process."""
-    body, ends, holes = key
-    return hashlib.sha256((body.digest + _text((ends, holes))).encode()).hexdigest()[:16]

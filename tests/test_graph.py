@@ -222,6 +222,8 @@ def test_identical_layers_are_one_piece() -> None:
     same(split, gm, *(weights[int(found[1])] if found else X for found in order))
     again = split_graph(trace(fn, X, weights), on=ON).report()
     assert [p.digest for p in again.pieces] == [p.digest for p in report.pieces]
+    assert len({p.digest for p in report.pieces if p.splitting}) == 32  # each names another layer
+    assert len({p.digest for p in report.pieces}) == 32 + 3
 
 
 def test_pieces_that_differ_say_why() -> None:

@@ -84,14 +84,14 @@ def transformer(layers: int) -> GraphModule:
     return GraphModule(torch.nn.Module(), graph)
 
 
-def splits(rounds: int = 3) -> Iterator[Row]:
+def splits() -> Iterator[Row]:
     """Cutting the graph of 32 and of 320 layers: CPU time per node."""
     ways: dict[str, Callable[[GraphModule], object]] = {
         "split_module": lambda gm: cut(gm, [library.overload(NAME)]),
         "split_graph": lambda gm: split_graph(gm, on=ON),
         "split_graph, every piece built": lambda gm: split_graph(gm, on=ON).build_all(),
     }
-    for layers in (32, 320):
+    for layers, rounds in ((32, 15), (320, 3)):
         gm = transformer(layers)
         nodes = len(gm.graph.nodes)
         samples: dict[str, list[float]] = {way: [] for way in ways}

@@ -30,7 +30,7 @@ from opreg.errors import OpregError
 from opreg.graph import SplitGraph
 from opreg.graph_lift import Lifted, overload_of
 from opreg.graph_ops import name_of, storages, value_of
-from opreg.graph_plan import Piece
+from opreg.graph_pieces import Piece
 from opreg.graph_rows import why_not_row_wise
 
 log = logging.getLogger("opreg")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +15,8 @@ from opreg.graph_build import Stitcher, build_piece, shape_text
 from opreg.graph_key import Keys
 from opreg.graph_lift import lift_constants
 from opreg.graph_ops import name_of, targets_of, value_of
-from opreg.graph_plan import Piece, Plan, make_plan
+from opreg.graph_pieces import Piece, Plan
+from opreg.graph_plan import make_plan
 from opreg.graph_report import PieceReport, Report, distance, why
 
 
@@ -48,7 +48,8 @@ class SplitGraph:
             first: dict[Any, int] = {}
             for piece in self.pieces:
                 self.same.append(piece.index if piece.split else first.setdefault(piece.key, piece.index))
-            self._likes = Counter(self.same)
+            # Of which several pieces are instances.
+            self._shared = {same for i, same in enumerate(self.same) if same != i}
             self.modules: dict[int, GraphModule] = {i: self.build(i) for i in dict.fromkeys(first.values())}
         self._runs: dict[int, Callable[..., Any]] = dict(self.modules)
         self._function: Callable[..., Any] | None = None
@@ -60,7 +61,7 @@ class SplitGraph:
 
     def build(self, index: int) -> GraphModule:
         """A new module for piece `index`; compilers own and change the modules they are given."""
-        return build_piece(self.keys, self.pieces[index], self.root, self._likes[index] > 1)
+        return build_piece(self.keys, self.pieces[index], self.root, index in self._shared)
 
     def runs(self, others: Mapping[int, Callable[..., Any]] | None = None) -> dict[int, Callable[..., Any]]:
         """What runs each piece that is not splitting; `others` in place of some distinct pieces."""

@@ -6,14 +6,14 @@ piece must therefore reach the same storage, so the tensor that owns it crosses 
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from torch._subclasses import FakeTensor
 from torch.fx import Node
 
 from opreg.graph_ops import INPLACE_OPERATORS, RESHAPING, TUPLE_VIEWS, VIEWS, name_of, schema_of, storages, value_of
-
-if TYPE_CHECKING:
-    from opreg.graph_plan import Plan
+from opreg.graph_pieces import Plan
 
 
 def is_view(node: Any) -> bool:
@@ -57,28 +57,37 @@ class Classes:
         # node -> (root, chain, same): chain is a linked list (rest, view) or None, False when it cannot be made again;
         # same is the earlier node that stands for the same tensor.
         self.known: dict[Any, tuple[Any, Any, Any]] = {}
-        # node -> identities of the storages of its value, None where the graph has no value for it.
-        self._storages: dict[Any, frozenset[int] | None] = {}
+        # node -> identity of the storage of its value, or of several, None where the graph has no value for it.
+        self._storages: dict[Any, int | frozenset[int] | None] = {}
 
-    def _storages_of(self, node: Any) -> frozenset[int] | None:
-        if node not in self._storages:
+    def _storage_of(self, node: Any) -> int | frozenset[int] | None:
+        try:
+            return self._storages[node]
+        except KeyError:
             value = value_of(node)
-            self._storages[node] = None if value is None else storages(value)
-        return self._storages[node]
+            found: int | frozenset[int] | None
+            if type(value) is FakeTensor and value.layout is torch.strided:
+                found = value.untyped_storage()._cdata
+            else:
+                found = None if value is None else storages(value)
+            self._storages[node] = found
+            return found
 
     def shares(self, node: Any, other: Any) -> bool:
         """Whether two nodes' values share storage; by fake values, or by the op's name where there are none."""
-        mine, theirs = self._storages_of(node), self._storages_of(other)
+        mine, theirs = self._storage_of(node), self._storage_of(other)
         if mine is None or theirs is None:
             source = node.kwargs.get("out", node.args[0] if node.args else None)
             return source is other and (is_view(node) or _returns_argument(node))
-        return not mine.isdisjoint(theirs)
+        if isinstance(mine, int):
+            return mine == theirs if isinstance(theirs, int) else mine in theirs
+        return theirs in mine if isinstance(theirs, int) else not mine.isdisjoint(theirs)
 
     def parent(self, node: Any) -> Any:
         """The node whose storage this node's value shares, or None for the tensor that owns it."""
         if node.op not in ("call_function", "call_method", "call_module"):
             return None
-        out = node.kwargs.get("out")
+        out = node._kwargs.get("out")
         for arg in [out] if isinstance(out, Node) else node.all_input_nodes:
             if self.shares(node, arg):
                 # An element of a tuple of fresh tensors owns its storage; an element of a tuple of views does not.
@@ -128,7 +137,7 @@ def replay_views(plan: Plan) -> None:
                 continue
             done.add(root)
             members = classes.members(root)
-            crossing = [m for m in members if plan.elsewhere(m)]
+            crossing = [m for m in members if plan.crosses(m)]
             if len(crossing) < 2:
                 continue
             reshaped = any(m.op == "call_method" and m.target in RESHAPING for m in members)

@@ -19,7 +19,7 @@ from opreg.graph_key import Keys
 from opreg.graph_lift import Lifted, overload_of
 from opreg.graph_nodes import NO_KWARGS, adder
 from opreg.graph_ops import value_of
-from opreg.graph_plan import Piece, Plan, Step
+from opreg.graph_pieces import Piece, Plan, Step
 
 
 def build_piece(keys: Keys, piece: Piece, root: Any, shared: bool) -> GraphModule:
@@ -31,7 +31,7 @@ def build_piece(keys: Keys, piece: Piece, root: Any, shared: bool) -> GraphModul
     made: dict[Any, Any] = {}
     owned: dict[str, Any] = {}
     for node in piece.inputs:
-        name = f"lifted_{len(made)}" if isinstance(node, Lifted) else _identifier(node.name)
+        name = _identifier(node.name) if type(node) is not Lifted else f"lifted_{len(made)}"
         made[node] = new = add("placeholder", name, (), NO_KWARGS, name)
         new.meta.update(node.meta)
         if shared:

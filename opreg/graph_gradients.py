@@ -23,8 +23,9 @@ from torch.fx import Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from opreg.graph_alias import Classes, is_view, nodes_in
+from opreg.graph_kinds import Kinds, wants_gradient
 from opreg.graph_ops import FACTORIES, RESHAPING, SET_GRAD, name_of, storages, value_of
-from opreg.graph_plan import Piece, Plan
+from opreg.graph_pieces import Piece, Plan
 
 
 class Gradients:
@@ -66,7 +67,7 @@ class Gradients:
         for node, written in self.plan.mutations:
             targets = self._writes.setdefault(node, [])
             targets += nodes_in(written)
-            gives = any(_wants_gradient(value_of(a)) for a in _inputs_of(node) if a not in targets)
+            gives = any(wants_gradient(value_of(a)) for a in _inputs_of(node) if a not in targets)
             index = self.plan.piece_of.get(node, -1)
             for target in targets:
                 if target not in owner:
@@ -116,7 +117,7 @@ class Gradients:
         else:
             # What a subclass holds is not in its storage, and its views cannot be told.
             self.plain = self.plain and not is_traceable_wrapper_subclass(value)
-            wants = _wants_gradient(value)
+            wants = wants_gradient(value)
         if wants and self._owner.get(step, step) in self._until:
             return True
         if any(self._owner[target] in self._until for target in self._writes.get(step, ())):
@@ -142,7 +143,7 @@ class Gradients:
         """Choose the inputs of a compiled piece that go in without a gradient."""
         dead = piece.index not in self._live
         piece.detached = frozenset(
-            n for n in piece.inputs if self.ends_before(n, piece.index) or (dead and _wants_gradient(value_of(n)))
+            n for n in piece.inputs if self.ends_before(n, piece.index) or (dead and wants_gradient(value_of(n)))
         )
 
     def is_written(self, node: Any) -> bool:
@@ -196,13 +197,13 @@ class Gradients:
         if first.target in ("copy_", "zero_", "fill_") and first.args[0] is node:
             return False
         # Counting, as in `steps.add_(1)`, keeps nothing.
-        return _wants_gradient(value_of(node)) or any(step not in self._writes or step.users for step in users)
+        return wants_gradient(value_of(node)) or any(step not in self._writes or step.users for step in users)
 
     def _is_trained(self, piece: Piece) -> bool:
         """Whether a piece has a backward."""
         written = (n for n in piece.inputs if (piece.index, self._owner.get(n, n)) in self._writers)
         results = [n for n in piece.exports if n not in piece.cut] + [n for n in written if n not in piece.detached]
-        return any(_wants_gradient(value_of(n)) for n in results)
+        return any(wants_gradient(value_of(n)) for n in results)
 
     def _is_buffer(self, node: Any, piece: Piece) -> bool:
         """Whether a piece only allocates what it gives: memory for the results of another."""
@@ -217,16 +218,16 @@ class Gradients:
         return False
 
 
-def gradients_of(plan: Plan) -> Gradients | None:
-    """The facts of a graph that is trained and writes in place, else None."""
+def gradients_of(plan: Plan, kinds: Kinds) -> Gradients | None:
+    """The facts of a graph that is trained and writes in place, else None; `kinds` are those of the pieces' inputs."""
     if not plan.mutations or len(plan.pieces) < 2:
         return None
     if not torch.is_grad_enabled() and not any(n.target is SET_GRAD and n.args[0] is True for n in plan.regions):
         return None
     if any(name_of(node.target) in RESHAPING for node, _ in plan.mutations):
         return None  # the storage a value has after it is not the one it had
-    given = [value_of(n) for n in [*plan.placeholders, *plan.attributes]]
-    if not any(v.requires_grad if type(v) is FakeTensor else _wants_gradient(v) for v in given):
+    others = (n for n in (*plan.placeholders, *plan.attributes) if n not in kinds.of)
+    if not kinds.gradient and not any(wants_gradient(value_of(n)) for n in others):
         return None
     found = Gradients(plan)
     return found if found.plain else None
@@ -251,12 +252,6 @@ def renew(value: torch.Tensor, new: torch.Tensor) -> None:
 
 def _inputs_of(step: Any) -> list[Any]:
     return step.all_input_nodes if isinstance(step, Node) else nodes_in(step.args)
-
-
-def _wants_gradient(value: Any) -> bool:
-    if isinstance(value, torch.Tensor):
-        return value.requires_grad
-    return isinstance(value, tuple | list) and any(_wants_gradient(v) for v in value)
 
 
 def _is_opaque(target: Any) -> bool:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch._ops import OpOverload, OpOverloadPacket
-from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 
-from opreg.graph_gradients import gradients_of
-from opreg.graph_meta import constant, fake_key, meta_key, symbols_in
+from opreg.graph_gradients import Gradients, gradients_of
+from opreg.graph_kinds import Kinds
+from opreg.graph_meta import constant, meta_key, symbols_in
 from opreg.graph_ops import OpFacts, name_of, storages, value_of
-from opreg.graph_plan import Piece, Plan, Step
+from opreg.graph_pieces import Piece, Plan, Step
 
 
 class Mark:
@@ -29,7 +29,8 @@ class Mark:
         return self.text
 
 
-CALL, METHOD, MODULE, ATTR = Mark("call"), Mark("method"), Mark("module"), Mark("attr")
+# Where a call begins: one of these, or the function that is called, which no argument's token is.
+METHOD, MODULE, ATTR = Mark("method"), Mark("module"), Mark("attr")
 TUPLE, LIST, DICT, SLICE, END, KWARGS, HOLE = (Mark(t) for t in ("(", "[", "{", "slice", ")", "**", "?"))
 _LOCAL: list[Mark] = []
 _INPUT: list[Mark] = []
@@ -70,21 +71,21 @@ class Keys:
         self.root = root
         self.needed: set[Any] = set()
         self._bodies: dict[Any, Body] = {}
-        self._kind_of: dict[Any, int] = {}
-        self._kinds: list[Any] = []
-        self._numbers: dict[Any, int] = {}
+        self.kinds = Kinds(self.attribute)
         self._facts: dict[Any, bool] = {}
         self._symbols: dict[Any, tuple[set[Any], set[Any]]] = {}
-        self.gradients = gradients_of(plan)
+        self.gradients: Gradients | None = None
         self._writers = {plan.piece_of.get(node) for node, _ in plan.mutations}
 
     def run(self) -> None:
         """Fill `inputs` and `exports` of every piece, and the keys of those that are compiled."""
         plan = self.plan
-        drafts = [None if piece.split else self._draft(piece) for piece in plan.pieces]
+        drafts: list[Any] = []
         for piece in plan.pieces:
             if piece.split:
                 self._take(piece)
+            drafts.append(None if piece.split else self._draft(piece))
+        self.gradients = gradients_of(plan, self.kinds)
         self.outside([plan.output.args] if plan.output is not None else [], plan.tail)
         exports: list[list[Any]] = [[] for _ in drafts]
         home_of = plan.piece_of
@@ -100,6 +101,11 @@ class Keys:
             piece.exports = [steps[i] for i in places]
             if draft is None:
                 continue
+            tokens, kinds, holes = draft
+            if self.gradients is not None:
+                self.gradients.detach(piece)
+                if piece.detached:
+                    kinds = self.kinds.numbers(piece.inputs, piece.detached)
             ends: list[Any] = [_LOCAL[i] for i in places]
             if self.gradients is not None:
                 self.gradients.cut(piece)
@@ -108,7 +114,7 @@ class Keys:
                     cuts = _marks(_CUT, "detached %", max(places, default=-1) + 1)
                     ends = [cuts[i] if steps[i] in piece.cut else _LOCAL[i] for i in places]
                 ends += [(_INPUT[piece.inputs.index(node)], node in piece.cut) for node in piece.renewed]
-            piece.key = (draft[0], tuple(ends), draft[1])
+            piece.key = (self._body(piece, tokens, kinds), tuple(ends), holes)
 
     def digest_of(self, piece: Piece) -> str:
         """A name for a piece that is the same in every process."""
@@ -167,7 +173,8 @@ class Keys:
             known.add(arg)
             inputs.append(arg)
 
-    def _draft(self, piece: Piece) -> tuple[Body, tuple[Any, ...]]:
+    def _draft(self, piece: Piece) -> tuple[tuple[Any, ...], tuple[int, ...], tuple[Any, ...]]:
+        """What a compiled piece calls, what kinds of values go into it, and the constants of registered ops."""
         inputs: list[Any] = []
         holes: list[Any] = []
         tokens = self._tokens(piece, inputs, holes)
@@ -175,24 +182,23 @@ class Keys:
         if self.plan.symbols:
             inputs += self._unbound(inputs)
         piece.inputs = inputs
-        if self.gradients is not None:
-            self.gradients.detach(piece)
-        kinds = self._kinds_of(inputs, piece.detached)
+        return tokens, self.kinds.numbers(inputs), tuple(holes)
+
+    def _body(self, piece: Piece, tokens: tuple[Any, ...], kinds: tuple[int, ...]) -> Body:
         # A compiler treats inputs that share storage apart where one of them is written.
-        shared = _shared(inputs) if piece.index in self._writers else None
+        shared = _shared(piece.inputs) if piece.index in self._writers else None
         content = (tokens, kinds, shared)
         body = self._bodies.get(content)
         if body is None:
-            metas = [self._kinds[kind] for kind in kinds]
+            metas = [self.kinds.metas[kind] for kind in kinds]
             body = self._bodies[content] = Body(tokens, (*metas, *([] if shared is None else [shared])))
-        return body, tuple(holes)
+        return body
 
     def _tokens(self, piece: Piece, inputs: list[Any], holes: list[Any]) -> tuple[Any, ...]:
         """What the piece calls; what goes in is appended to `inputs`, and constants of registered ops to `holes`."""
         tokens: list[Any] = []
         known: dict[Any, Mark] = {}
-        add, token_of, walk, facts = tokens.append, known.get, self._walk, self._facts
-
+        add, token_of, walk, facts, marks = tokens.append, known.get, self._walk, self._facts, _INPUT
         for step, mark in zip(piece.steps, _marks(_LOCAL, "%", len(piece.steps)), strict=False):
             op, target = step.op, step.target
             if op == "call_function":
@@ -223,8 +229,20 @@ class Keys:
                         walk(a, known, inputs, add)
             else:
                 for a in step._args:
-                    # What walk() would do, for what almost all arguments are: values of this piece, and numbers.
-                    if type(a) is Node and (token := token_of(a)) is not None:
+                    # What walk() would do, for what almost all arguments are: values of this piece, its inputs, and
+                    # numbers.
+                    if type(a) is Node:
+                        token = token_of(a)
+                        if token is None:
+                            if a.op != "placeholder":
+                                walk(a, known, inputs, add)
+                                continue
+                            try:
+                                token = marks[len(inputs)]
+                            except IndexError:
+                                token = _marks(marks, "<", len(inputs) + 1)[-1]
+                            known[a] = token
+                            inputs.append(a)
                         add(token)
                     elif type(a) is int:
                         add(a)
@@ -235,7 +253,6 @@ class Keys:
                     for k, a in kwargs.items():
                         add(k)
                         walk(a, known, inputs, add)
-            add(CALL)
             known[step] = mark
         return tuple(tokens)
 
@@ -303,26 +320,6 @@ class Keys:
         for part in path.split("."):
             owner = getattr(owner, part)
         return owner
-
-    def _kind(self, node: Any, detached: bool = False) -> int:
-        """A number for what a compiler may specialise on in one input, so that little is kept of a graph's many."""
-        value = value_of(node)
-        if value is None and node.op == "get_attr":
-            value = self.attribute(node.target)
-        if detached:
-            value = value.detach()
-        meta = fake_key(value) if type(value) is FakeTensor else meta_key(value)
-        found = self._numbers.get(meta)
-        if found is None:
-            found = self._numbers[meta] = len(self._kinds)
-            self._kinds.append(meta)
-        if not detached:
-            self._kind_of[node] = found
-        return found
-
-    def _kinds_of(self, nodes: Iterable[Any], detached: Container[Any]) -> tuple[int, ...]:
-        known, new = self._kind_of.get, self._kind
-        return tuple([new(n, True) if n in detached else new(n) if (k := known(n)) is None else k for n in nodes])
 
 
 def _shared(inputs: Iterable[Any]) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from opreg import library
 from opreg.graph_key import Mark
 from opreg.graph_meta import constant, meta_key
 from opreg.graph_ops import name_of, value_of
-from opreg.graph_plan import Piece, Plan
+from opreg.graph_pieces import Piece, Plan
 
 LIFTED = Mark("lifted")
 _TABLE: list[Any] = []

@@ -9,6 +9,8 @@ import torch
 from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+_STRIDED = torch.strided
+
 
 def meta_key(value: Any) -> Any:
     """Dtype, device, sizes (symbols by name), strides and what else a compiler may specialise on, of one value."""
@@ -21,9 +23,9 @@ def meta_key(value: Any) -> Any:
 
 def fake_key(value: Any) -> Any:
     """meta_key of a plain FakeTensor, which is what nearly all values are."""
-    if value._has_symbolic_sizes_strides or value.layout is not torch.strided:
+    if value._has_symbolic_sizes_strides or value.layout is not _STRIDED:
         return _tensor_key(value)
-    offset = (value.storage_offset(),)
+    offset = value.storage_offset()
     return FakeTensor, value.dtype, value.fake_device, value.shape, value.stride(), offset, value.requires_grad
 
 
@@ -39,7 +41,7 @@ def _tensor_key(value: Any) -> Any:
         kind = (kind, context, *((n, meta_key(getattr(value, n))) for n in names))
     if value.layout != torch.strided:
         return (kind, value.dtype, value.device, value.layout, _sizes(value.shape), value.requires_grad)
-    shape, stride, offset = (_sizes(s) for s in (value.shape, value.stride(), (value.storage_offset(),)))
+    shape, stride, (offset,) = (_sizes(s) for s in (value.shape, value.stride(), (value.storage_offset(),)))
     return (kind, value.dtype, value.device, shape, stride, offset, value.requires_grad)
 
 

@@ -109,13 +109,17 @@ class OpFacts:
         self.kind = CHEAP if cheap and not self.mutates else COMPUTE
         # Whether the graph is split at calls of it.
         self.split = split
-        # Most nodes: computes, and nothing of the above has to be looked at again for a single node.
-        self.plain = self.kind == COMPUTE and not (
+        # Most nodes: nothing of the above has to be looked at again for a single node, if a view that gives a tuple
+        # has a tuple for its value.
+        self.plain = not (
             split
             or self.arith
             or self.mutates
-            or self.tuple_view
+            or self.size
+            or self.enter
+            or self.exit
             or self.level
+            or target is SET_GRAD
             or target is operator.getitem
             or target is getattr
         )

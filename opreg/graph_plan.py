@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from operator import getitem
 from typing import Any
 
 import torch
@@ -11,106 +11,9 @@ from torch.fx import Graph, GraphModule, Node
 
 from opreg.graph_alias import replay_views
 from opreg.graph_ops import CHEAP, COMPUTE, ITEM, SET_GRAD, SPLIT, OpFacts, keyword_mutation, value_of
+from opreg.graph_pieces import Piece, Plan, Step
 
 _TUPLES = frozenset([tuple, list])
-
-
-class Step:
-    """A call the splitter adds itself; has the attributes of an fx Node that key and build read."""
-
-    # As in a Node, `args` is a property over a slot; passes over all nodes read the slot, at a fifth of the cost.
-    __slots__ = ("_args", "_kwargs", "meta", "name", "op", "target", "users")
-
-    def __init__(self, name: str, target: Any, args: tuple[Any, ...]) -> None:
-        self.op = "call_function"
-        self.name = name
-        self.target = target
-        self._args = args
-        self._kwargs: dict[str, Any] = {}
-        self.meta: dict[str, Any] = {}
-        self.users: dict[Any, None] = {}
-
-    @property
-    def args(self) -> tuple[Any, ...]:
-        return self._args
-
-    @property
-    def kwargs(self) -> dict[str, Any]:
-        return self._kwargs
-
-
-class Piece:
-    """Nodes that run together. `steps` is what runs: views made again, regions entered, the nodes, regions left."""
-
-    __slots__ = tuple("copied cut detached exports index inputs key lifts nodes renewed split spots steps".split())
-
-    def __init__(self, index: int, split: bool) -> None:
-        self.index = index
-        self.split = split
-        self.nodes: list[Any] = []
-        self.steps: list[Any] = []
-        self.inputs: list[Any] = []
-        self.exports: list[Any] = []
-        # Constants of registered ops, as (node, position or keyword).
-        # Which became inputs: {node: (target, {at: input})}.
-        self.spots: list[tuple[Any, Any]] = []
-        self.lifts: dict[Any, tuple[Any, dict[Any, Any]]] = {}
-        self.key: Any = None
-        # Where gradients are wanted: inputs that come in without one, results that go out without one, both kinds of
-        # values that cross as a copy, and inputs whose new value goes out, to be written where the old one was.
-        self.detached: frozenset[Any] = frozenset()
-        self.cut: frozenset[Any] = frozenset()
-        self.copied: frozenset[Any] = frozenset()
-        self.renewed: tuple[Any, ...] = ()
-
-
-class Plan:
-    """The cut of one graph: pieces in order, and how values cross borders otherwise than as plain outputs."""
-
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
-        self.pieces: list[Piece] = []
-        self.piece_of: dict[Any, int] = {}
-        self.placeholders: list[Node] = []
-        self.attributes: list[Node] = []
-        self.output: Node | None = None
-        self.symbols: dict[Any, Node] = {}
-        # Instead of crossing: another node, a literal (with nodes inside), or the node computed again where it is used.
-        self.instead: dict[Any, Any] = {}
-        self.replays: dict[int, dict[Any, None]] = {}
-        self.again: dict[Any, set[int]] = {}
-        self.mutations: list[tuple[Node, list[Any]]] = []
-        self.sizes: list[Node] = []
-        self.tuples: list[Node] = []
-        self.regions: list[Node] = []
-        self.modules: list[Node] = []
-        self.notes: list[str] = []
-        self.matched: set[str] = set()
-        self.tail: list[Any] = []
-
-    def index_of(self, user: Any) -> int:
-        """The piece of a user; the output counts as the piece after the last."""
-        return self.piece_of.get(user, len(self.pieces))
-
-    def scalar(self, value: Any) -> Any:
-        """A literal, or the placeholder that carries a symbol, or None when the value must cross by itself."""
-        if isinstance(value, torch.SymInt):
-            return self.symbols.get(value.node.expr)
-        return None if isinstance(value, torch.SymFloat | torch.SymBool) else value
-
-    def elsewhere(self, node: Any) -> set[int]:
-        """The other pieces that use a node's value, those that make one of its users again included."""
-        found = {self.index_of(user) for user in node.users}
-        for user in node.users:
-            found.update(self.again.get(user, ()))
-        found.discard(self.piece_of.get(node, -1))
-        return found
-
-    def make_again(self, nodes: Iterable[Any], index: int) -> None:
-        """Run `nodes` again at the start of piece `index` (the number of pieces means: before the output)."""
-        for node in nodes:
-            self.replays.setdefault(index, {})[node] = None
-            self.again.setdefault(node, set()).add(index)
 
 
 def make_plan(graph: Graph, targets: Mapping[Any, str]) -> Plan:
@@ -142,7 +45,7 @@ def make_plan(graph: Graph, targets: Mapping[Any, str]) -> Plan:
 def _assign(plan: Plan, targets: Mapping[Any, str]) -> None:
     """Give every node a piece, in one pass, keeping the order of the graph."""
     facts_of: dict[Any, OpFacts] = {}
-    pieces, piece_of = plan.pieces, plan.piece_of
+    pieces, piece_of, tuples = plan.pieces, plan.piece_of, plan.tuples
     pending: list[Any] = []
     waiting: set[Any] = set()
     scalars: set[Any] = set()
@@ -163,15 +66,20 @@ def _assign(plan: Plan, targets: Mapping[Any, str]) -> None:
                 if facts.split:
                     plan.matched.add(targets[target])
             if type(value) in _TUPLES:
-                plan.tuples.append(node)
+                tuples[node] = True
             # Almost every node is an ordinary one, for which these lines are all.
             kwargs = node._kwargs
             if facts.plain and not level and not (kwargs and ("out" in kwargs or "inplace" in kwargs)):
-                if computing and not pending:
+                kind = facts.kind
+                if kind == COMPUTE and computing and not pending:
                     nodes.append(node)
                     piece_of[node] = index
                     continue
-                kind = COMPUTE
+                if facts.tuple_view:
+                    tuples.setdefault(node, False)
+            elif target is getitem and not level and type(node._args[0]) is Node and tuples.get(node._args[0]):
+                # An element stays with what made the tuple.
+                kind = ITEM
             else:
                 kind = _kind(plan, node, value, facts, waiting, scalars, facts_of, level)
                 level += facts.level
@@ -203,7 +111,7 @@ def _assign(plan: Plan, targets: Mapping[Any, str]) -> None:
         else:
             split = False
             if type(value) in _TUPLES:
-                plan.tuples.append(node)
+                tuples[node] = True
             if node.args and getattr(_attribute(plan.graph, node), "inplace", False) is True:
                 plan.mutations.append((node, [node.args[0]]))
         if current is None or current.split != split:
@@ -241,7 +149,7 @@ def _kind(
     tuple_view = facts.tuple_view
     if facts.split:
         pass
-    elif target is operator.getitem:
+    elif target is getitem:
         kind = _kind_of_getitem(plan, node, waiting)
         if kind == CHEAP and node.args[0] in scalars:
             scalars.add(node)
@@ -258,7 +166,7 @@ def _kind(
         scalars.add(node)
         plan.sizes.append(node)
     if tuple_view and type(value) not in _TUPLES:
-        plan.tuples.append(node)
+        plan.tuples[node] = False
     written = facts.mutates(node) if facts.mutates is not None else keyword_mutation(node)
     if facts.mutates is not None or written:
         plan.mutations.append((node, written))
@@ -331,7 +239,7 @@ def _cross_sizes(plan: Plan) -> None:
             whole = node.target in ("size", "stride") and len(node.args) == 1 and not node.kwargs
             if whole or node.target is getattr:
                 _replay(plan, node)
-        elif isinstance(value, tuple) and plan.elsewhere(node):
+        elif isinstance(value, tuple) and plan.crosses(node):
             known = [plan.scalar(v) for v in value]
             plan.instead[node] = tuple(
                 _element(plan, node, i, v) if known[i] is None else known[i] for i, v in enumerate(value)
@@ -341,9 +249,9 @@ def _cross_sizes(plan: Plan) -> None:
 def _element(plan: Plan, node: Any, i: int, value: Any) -> Any:
     """Element i of a tuple-valued node, as a node of the same piece."""
     for user in node.users:
-        if user.target is operator.getitem and user.args[1] == i:
+        if user.target is getitem and user.args[1] == i:
             return user
-    part = Step(f"{node.name}_{i}", operator.getitem, (node, i))
+    part = Step(f"{node.name}_{i}", getitem, (node, i))
     part.meta["example_value"] = value
     home = plan.piece_of[node]
     plan.piece_of[part] = home
@@ -354,7 +262,7 @@ def _element(plan: Plan, node: Any, i: int, value: Any) -> Any:
 def _cross_tuples(plan: Plan) -> None:
     """A tuple used whole in another piece crosses as its elements and is put together again there."""
     for node in plan.tuples:
-        if plan.elsewhere(node):
+        if plan.crosses(node):
             value = value_of(node)
             if value is None:
                 _replay(plan, node)

@@ -6,7 +6,7 @@ import textwrap
 from dataclasses import dataclass, field
 from typing import Any
 
-from opreg.graph_key import HOLE, Mark
+from opreg.graph_key import ATTR, HOLE, METHOD, MODULE, Mark
 from opreg.graph_ops import name_of
 
 
@@ -142,7 +142,7 @@ def distance(mine: Any, other: Any) -> int:
 
 
 def _calls(tokens: Any) -> int:
-    return sum(isinstance(t, Mark) and t.text == "call" for t in tokens)
+    return sum(t in (METHOD, MODULE, ATTR) or callable(t) for t in tokens)
 
 
 def _shown(token: Any) -> str:

@@ -192,25 +192,34 @@ def registration(count: int = 60) -> Iterator[Row]:
 
     signature = inspect.signature(_registered, eval_str=True)
 
+    names: list[str] = []
+
+    def name() -> None:
+        """Names are literals in programs, so that making them is not timed."""
+        names[:] = [f"opreg_bench::reg_{next(_serial)}" for _ in range(count)]
+
     def opreg() -> None:
-        for _ in range(count):
-            register_op(f"opreg_bench::reg_{next(_serial)}")(_registered)
+        for qualname in names:
+            register_op(qualname)(_registered)
 
     def vllm_style() -> None:
-        for _ in range(count):
-            qualname = f"opreg_bench_lib::reg_{next(_serial)}"
+        for qualname in names:
             library.define_with_public_calls(qualname, library.infer_schema(signature, ()), _registered, _registered)
 
     def custom_op() -> None:
-        for _ in range(count):
-            library.custom_op(f"opreg_bench_custom::reg_{next(_serial)}", _registered, (), _registered)
+        for qualname in names:
+            library.custom_op(qualname, _registered, (), _registered)
 
     def recorded() -> None:
         with registry.deferred():
             opreg()
 
     ways = {"opreg": opreg, "opreg, deferred": recorded, "define+impl": vllm_style, "custom_op": custom_op}
-    timings = interleave(ways, seconds=0.5, rounds=5, clock=time.thread_time)
+    for way in ways.values():
+        name()
+        way()
+    names.clear()
+    timings = interleave(ways, seconds=0.5, rounds=5, clock=time.thread_time, before=name)
     each = {w: Timing(t.median / count, t.low / count, t.high / count) for w, t in timings.items()}
     yield from rows("registration: one op with its fake", each, "define+impl")
 

@@ -84,18 +84,18 @@ def transformer(layers: int) -> GraphModule:
     return GraphModule(torch.nn.Module(), graph)
 
 
-def splits() -> Iterator[Row]:
+def splits(rounds: int = 3) -> Iterator[Row]:
     """Cutting the graph of 32 and of 320 layers: CPU time per node."""
     ways: dict[str, Callable[[GraphModule], object]] = {
         "split_module": lambda gm: cut(gm, [library.overload(NAME)]),
         "split_graph": lambda gm: split_graph(gm, on=ON),
         "split_graph, every piece built": lambda gm: split_graph(gm, on=ON).build_all(),
     }
-    for layers, rounds in ((32, 15), (320, 3)):
+    for layers, times in ((32, 5 * rounds), (320, rounds)):
         gm = transformer(layers)
         nodes = len(gm.graph.nodes)
         samples: dict[str, list[float]] = {way: [] for way in ways}
-        for _ in range(rounds):
+        for _ in range(times):
             for way in random.sample(list(ways), len(ways)):
                 gc.collect()
                 start = time.thread_time()

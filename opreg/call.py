@@ -121,8 +121,7 @@ class Calls:
     public is what users call, traced what Dynamo traces in its place, entry what the dispatcher calls.
     """
 
-    def __init__(self, op: Op, public: FunctionType | None = None) -> None:
-        """public: what users hold already of an op that was deferred; its globals become the op's."""
+    def __init__(self, op: Op) -> None:
         self.op = op
         self.runners: dict[str, Callable[..., Any]] = {}
         self.unchecked: dict[str, Callable[..., Any]] = {}
@@ -134,14 +133,8 @@ class Calls:
         self._defaults = tuple([arg.default for arg in given if not arg.keyword_only])
         self._keyword_defaults = {arg.name: arg.default for arg in given if arg.keyword_only}
         # What the stand-ins name; the rest comes with the code that is written at the first call.
-        self._names: dict[str, Any] = {} if public is None else public.__globals__
-        self._names.update(__builtins__=builtins, _overload=op.overload, _write=self._write)
+        self._names: dict[str, Any] = {"__builtins__": builtins, "_overload": op.overload, "_write": self._write}
         self.public = self._function(_public_at_first.__code__)
-        if public is not None:
-            # Dynamo looks at it before it knows what to trace in its place.
-            public.__code__, public.__defaults__ = self.public.__code__.replace(), self.public.__defaults__
-            public.__kwdefaults__ = self.public.__kwdefaults__
-            self.public = public
         self.entry = self._function(_entry_at_first.__code__)
         # Code of its own: by that Dynamo tells the functions in a program's closures and arguments apart.
         self.traced = FunctionType(_traced.__code__.replace(), self._names, self._name)

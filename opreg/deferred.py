@@ -1,114 +1,127 @@
 """Ops that are recorded and not yet registered: for packages of many ops, of which a process uses a few.
 
 Inside `with registry.deferred():`, and so in packages loaded with `registry.load_packages(deferred=True)`, register_op
-returns its function after 6 to 11 us. The op is registered at its first use: a call, a look at `torch.ops.ns.op` or at
-the function's `spec` or `overload`, a graph that is split, `opreg list`. What registration would refuse is refused
-then, and again at every later use; `opreg check` and the package's own tests, which import it as usual, find it before.
-C++ that looks an operator up by name, such as a loaded AOTInductor package, finds only what Python has used.
+returns a `Deferred` after 1.5 us. The op is registered at its first use: a call, a look at `torch.ops.ns.op` or at the
+`spec`, `overload` or `op` of what was returned, a graph that is split, `opreg list`. From then on it calls the op's
+function, 40 ns later than that itself, and has its attributes. What registration would refuse is refused then, and
+again at every later use; `opreg check` and the package's own tests, which import it as usual, find it before. C++ that
+looks an operator up by name, such as a loaded AOTInductor package, finds only what Python has used.
 """
 
 from __future__ import annotations
 
-import builtins
+import functools
 from collections.abc import Callable
-from types import FunctionType
 from typing import Any
 
 import torch
 
-from . import _compat, library
+from . import registry
 from .errors import OpregError
-from .later import LOCK, later
+from .later import LOCK
 from .signature import source_of
-from .spec import OpSpec
+
+_func = functools.partial.func.__get__
+# What to look at makes the op; the last is what torch.compile looks at when the op itself is compiled.
+_OF_OP = ("op", "spec", "overload", "_torchdynamo_orig_callable")
 
 
-def _at_first(*args: Any, **kwargs: Any) -> Any:
-    _define(_name)  # type: ignore[name-defined]  # noqa: F821 - globals of the function
-    return _op.calls.public(*args, **kwargs)  # type: ignore[name-defined]  # noqa: F821
+def _first(*args: Any, **kwargs: Any) -> Any:
+    name = args[0]
+    registry.define(name)
+    return registry.get(name).calls.public(*args[_TOLD:], **kwargs)
 
 
-_CODE = _at_first.__code__
-
-# Run for real while Dynamo traces.
-_define = _compat.constant_under_dynamo(library.define_recorded)
+_TOLD = 4
+"""How many of them are what the registration was told."""
 
 
-class Recorded:
-    """One recorded op: what its registration was told, and what is to be registered for it after that.
+def _of_function(name: str) -> Any:
+    return property(lambda op: getattr(op.__wrapped__, name))
 
-    Few objects on purpose: each that stays costs the garbage collector 0.2 us in the long run.
-    """
 
-    __slots__ = ("calls", "failed", "make", "op", "overload", "public", "told")
+_DOC = _of_function("__doc__")
 
-    calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]]
-    failed: BaseException
 
-    def __init__(self, cls: type, name: str, fn: Callable[..., Any], make: Callable[..., Any], told: Any) -> None:
-        """make(op, public, *told) registers; the name comes first in `told`."""
-        self.make = make
-        self.told = told
-        self.op = op = later(cls, self)
-        self.overload = later(torch._ops.OpOverload, self)
-        # No __name__: Dynamo would look for these in the module of that name.
-        names = {"__builtins__": builtins, "_op": op, "_name": name, "_define": _define}
-        self.public = public = FunctionType(_CODE, names, fn.__name__)
-        public.__module__ = fn.__module__
-        public.__qualname__, public.__doc__, public.__annotations__ = fn.__qualname__, fn.__doc__, fn.__annotations__
-        public.__dict__ = {
-            "__wrapped__": fn,
-            "op": op,
-            "name": name,
-            "spec": later(OpSpec, self),
-            "overload": self.overload,
-            "register_kernel": self.register_kernel,
-            "register_fake": self.register_fake,
-            "register_autograd": self.register_autograd,
-            "register_vmap": self.register_vmap,
-            "register_sharding": self.register_sharding,
-            "register_inputs": self.register_inputs,
-            "tolerance": self.tolerance,
-            "samples": self.samples,
-            "explain": self.explain,
-            "check": self.check,
-        }
+# What register_op returns for an op that it has only recorded: `partial(_first, name, function, make, how)`, and once
+# `make(name, function, *how)` has made the op, `partial(its function)`: no object can be called for less.
+class Deferred(functools.partial[Any]):
+    # In place of what the class has, without a __dict__ for each op.
+    __doc__ = _DOC
+    __annotations__ = _of_function("__annotations__")
 
-    def __call__(self, asked: Any) -> Any:
-        """What somebody looks at, the op, its spec or its OpOverload: register it, and then what was recorded."""
-        if asked is self.overload:
-            return library.overload(self.public.name)  # type: ignore[attr-defined]
-        if asked is not self.op:
-            return self.op.spec
-        if hasattr(self, "failed"):
-            raise self.failed
+    @property
+    def func(self) -> Any:
+        """The op's function. Dynamo, which follows a partial, asks for it before it looks at the arguments."""
+        self.define()
+        return _func(self)
+
+    def define(self) -> None:
+        """Register the op, if nobody has yet, and then what was recorded for it."""
+        if not self.args:
+            return
+        with LOCK:
+            if not self.args or "_making" in self.__dict__:
+                return  # done, or this thread is at it
+            self.__dict__["_making"] = True
+            try:
+                op = self._make(*self.args)
+            finally:
+                del self.__dict__["_making"]
+            op.function = self
+            public = op.calls.public
+            self.__setstate__((public, (), {}, {**public.__dict__, "_torchdynamo_wrapper_id": id(self)}))
+            registry.recorded.pop(op.name)  # last, so that until then other threads come here and wait
+
+    def _make(self, name: str, fn: Callable[..., Any], make: Callable[..., Any], how: Any) -> Any:
+        if "_failed" in self.__dict__:
+            raise self.__dict__["_failed"]
         try:
-            self.make(self.op, self.public, *self.told)
+            op = make(name, fn, *how)
         except OpregError as error:
-            place = source_of(self.public.__wrapped__)  # type: ignore[attr-defined]
-            error.args = (f"{error} (recorded at {place}, registered now)",)
+            error.args = (f"{error} (recorded at {source_of(fn)}, registered now)",)
             raise
-        name, self.told = self.told[0], None
         try:
-            for method, args, kwargs in getattr(self, "calls", ()):
-                getattr(self.op, method)(*args, **kwargs)
+            for method, args, kwargs in self.__dict__.get("_calls", ()):
+                getattr(op, method)(*args, **kwargs)
         except BaseException as error:
             # torch has the operator now, and cannot forget it; what was wrong is said to all who come after.
-            self.failed = error
-            self.public.__code__ = _CODE
-            self.op.__dict__.clear()
-            library.record(name, self)
+            self.__dict__["_failed"] = error
+            registry.discard(op)
             raise
-        if hasattr(self, "calls"):
-            del self.calls
-        return self.op
+        return op
+
+    def __getattr__(self, name: str) -> Any:
+        if not self.args:
+            return getattr(_func(self), name)
+        known, fn = self.args[:2]
+        if name == "__wrapped__":
+            return fn
+        if name in ("__name__", "__qualname__"):
+            return getattr(fn, name)
+        if name == "name":
+            return known
+        if name in _OF_OP:
+            self.define()
+            if name in self.__dict__:
+                return self.__dict__[name]
+        raise AttributeError(f"{known}, which is recorded and not registered yet, has no attribute '{name}'")
+
+    def __repr__(self) -> str:
+        return f"<op {self.name}>"
+
+    def __reduce__(self) -> Any:
+        """Pickled and copied by name, as functions are."""
+        return self.__qualname__
 
     def _record(self, result: Any, method: str, *args: Any, **kwargs: Any) -> Any:
         with LOCK:
-            if self.told is not None:
-                self.calls = [*getattr(self, "calls", ()), (method, args, kwargs)]
+            if self.args:
+                self.__dict__.setdefault("_calls", []).append((method, args, kwargs))
                 return result
         return getattr(self.op, method)(*args, **kwargs)
+
+    # The methods of an op, until its own are in __dict__.
 
     def register_kernel(self, device_types: Any, target: Any = None, **how: Any) -> Any:
         if target is not None:
@@ -141,3 +154,17 @@ class Recorded:
 
     def check(self) -> Any:
         return self.op.check()
+
+
+def deferred(name: str, fn: Callable[..., Any], make: Callable[..., Any], how: tuple[Any, ...]) -> Deferred | None:
+    """Record an op; None if there is one of this name."""
+    made = (_CLASSES.get(fn.__module__) or _class_in(fn.__module__))(_first, name, fn, make, how)
+    return made if registry.record(name, made) else None
+
+
+_CLASSES: dict[str, type[Deferred]] = {}
+
+
+def _class_in(module: str) -> type[Deferred]:
+    """The class for the ops of a module, which is the module that its objects say they are from."""
+    return _CLASSES.setdefault(module, type("Deferred", (Deferred,), {"__module__": module, "__doc__": _DOC}))

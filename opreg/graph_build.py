@@ -119,7 +119,7 @@ class Stitcher:
         self.names: dict[Any, str] = {}
         self.lines: list[str] = []
         self.used: list[list[str]] = []
-        self.functions = {op.overload: op.function for op in registry.defined_ops()}
+        self.functions = {op.overload: op.calls.public for op in registry.defined_ops()}
         self._bound: dict[int, str] = {}
 
     def name(self, node: Any) -> str:

@@ -26,11 +26,6 @@ def later(cls: type[T], make: Callable[[Any], T]) -> T:
     return made  # type: ignore[no-any-return]
 
 
-def is_awaiting(value: Any) -> bool:
-    """Whether nobody has looked at it."""
-    return _MAKE in value.__dict__
-
-
 def become(awaiting: Any, made: Any) -> None:
     """Let `awaiting` be what `made` is, which nobody else may hold."""
     awaiting.__dict__.pop(_MAKE, None)

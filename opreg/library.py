@@ -45,7 +45,9 @@ class _Namespace(torch._ops._OpNamespace):
 
     def __getattr__(self, name: str) -> Any:
         qualname = f"{self.name}::{name}"
-        define_recorded(qualname)
+        recorded = RECORDED.get(qualname)
+        if recorded is not None:
+            recorded.define()
         packet: Any = super().__getattr__(name)
         awaiting = _AWAITING.pop(qualname, None)
         if awaiting is not None:
@@ -55,8 +57,10 @@ class _Namespace(torch._ops._OpNamespace):
 
 
 _AWAITING: dict[str, torch._ops.OpOverload] = {}
-_WATCHED: set[str] = set()  # namespaces that are of the class above
-_RECORDED: dict[str, Recorded] = {}  # ops that have only been recorded, and are defined by a look at one
+WATCHED: set[str] = set()
+"""Namespaces that are of the class above."""
+RECORDED: dict[str, Recorded] = {}
+"""Ops that have only been recorded; a look at `torch.ops.ns.op` defines one."""
 _DEFINED: set[str] = torch.library._defs
 _IMPLEMENTED: set[str] = torch.library._impls
 
@@ -79,23 +83,19 @@ def define(qualname: str, schema: str, tags: Sequence[torch.Tag] = ()) -> torch.
     _DEFINED.add(qualname)
     if which or met:
         return overload(qualname)
-    recorded = _RECORDED.pop(qualname, None)
-    if recorded is not None:
-        made = recorded.overload
-    else:
-        _watch(namespace)
-        made = later(torch._ops.OpOverload, functools.partial(_looked_at, qualname))
+    watch(namespace)
+    made = later(torch._ops.OpOverload, functools.partial(_looked_at, qualname))
     _AWAITING[qualname] = made
     return made
 
 
-def _watch(namespace: str) -> None:
+def watch(namespace: str) -> None:
     """See looks at `torch.ops.ns.op` of operators that torch has made no objects for."""
-    if namespace not in _WATCHED:
+    if namespace not in WATCHED:
         ops = getattr(torch.ops, namespace)
         if type(ops) is torch._ops._OpNamespace:
             ops.__class__ = _Namespace
-        _WATCHED.add(namespace)
+        WATCHED.add(namespace)
 
 
 def _looked_at(qualname: str, _: Any) -> torch._ops.OpOverload:
@@ -103,25 +103,9 @@ def _looked_at(qualname: str, _: Any) -> torch._ops.OpOverload:
 
 
 class Recorded(Protocol):
-    """An op that is registered when its `op` is looked at, by `torch.ops.ns.op` as well; `overload` will be its
-    OpOverload."""
+    """An op that is not registered yet."""
 
-    op: Any
-    overload: torch._ops.OpOverload
-
-
-def record(qualname: str, recorded: Recorded) -> None:
-    """Let a look at torch.ops register the op."""
-    _RECORDED[qualname] = recorded
-    namespace = qualname.partition("::")[0]
-    if namespace not in _WATCHED:
-        _watch(namespace)
-
-
-def define_recorded(qualname: str) -> bool:
-    """Define an operator that has only been recorded."""
-    recorded = _RECORDED.get(qualname)
-    return recorded is None or recorded.op.calls is not None
+    def define(self) -> None: ...
 
 
 def overload(qualname: str) -> torch._ops.OpOverload:

@@ -14,7 +14,6 @@ import torch
 from . import (
     _compat,
     call,
-    deferred,
     devices,
     digest,
     fake,
@@ -27,6 +26,7 @@ from . import (
     signature,
     xla_writes,
 )
+from .deferred import deferred
 from .errors import DuplicateOpError, RegistrationError, SignatureError
 from .op_function import Inputs, OpFunction, P, R
 from .spec import REFERENCE, REFERENCE_PRIORITY, Fusion, KernelSpec, OpSpec, same_kernel
@@ -60,8 +60,8 @@ class Op(Generic[P, R]):
         if spec.has_body:
             self.kernels.append(KernelSpec(REFERENCE, None, body, (), None, REFERENCE_PRIORITY, spec.source))
 
-    def define(self, public: FunctionType | None = None) -> None:
-        """Make the torch operator. Called once, by register_op. public: what users hold of a deferred op."""
+    def define(self) -> None:
+        """Make the torch operator. Called once, by register_op."""
         try:
             self.overload = library.define(self.name, self.spec.schema, self.spec.tags)
         except RuntimeError:
@@ -71,7 +71,7 @@ class Op(Generic[P, R]):
                 f"{self.name} is already a torch operator, defined outside opreg with schema "
                 f"{library.overload(self.name)._schema}; choose another name"
             ) from None
-        self.calls = call.Calls(self, public)
+        self.calls = call.Calls(self)
         library.implement(self.name, self.calls.entry)
         self.calls.on_meta = library.enter_fake(self.name, fake.Fake(self), self.spec.source)
         xla_writes.catch(self)
@@ -337,40 +337,24 @@ def register_op(
             return x * 2
     """
     if callable(name):
-        return _register(None, (), None, None, (), None, name)
+        return _register(None, ((), None, None, (), None), name)
     if type(tags) is not tuple:
         tags = (tags,) if isinstance(tags, torch.Tag) else tuple(tags)
-    return functools.partial(_register, name, mutates_args, device_types, schema, tags, kind)
-
-
-def _register(
-    name: str | None,
-    mutates_args: str | Iterable[str] | Mapping[str, str],
-    device_types: str | Iterable[str] | None,
-    schema: str | None,
-    tags: tuple[torch.Tag, ...],
-    kind: str | None,
-    fn: Callable[..., Any],
-) -> Any:
-    if not hasattr(fn, "__code__"):
-        raise SignatureError(f"register_op decorates Python functions; got {type(fn).__name__}: {fn!r}")
-    qualname = registry.qualify(name, fn)
     if kind == "attention" and torch.Tag.cudagraph_unsafe not in tags:
         # Attention reads per-step metadata on the host, which a captured CUDA graph would freeze.
         tags = (*tags, torch.Tag.cudagraph_unsafe)
+    return functools.partial(_register, name, (mutates_args, device_types, schema, tags, kind))
 
-    told = (qualname, fn, mutates_args, device_types, schema, tags, kind)
-    if registry.is_deferred():
-        recorded = deferred.Recorded(Op, qualname, fn, _make, told)
-        if registry.record(qualname, recorded.op):
-            library.record(qualname, recorded)
-            return recorded.public
-    return _make(object.__new__(Op), None, *told).function
+
+def _register(name: str | None, how: tuple[Any, ...], fn: Callable[..., Any]) -> Any:
+    if type(fn) is not FunctionType and not hasattr(fn, "__code__"):
+        raise SignatureError(f"register_op decorates Python functions; got {type(fn).__name__}: {fn!r}")
+    qualname = registry.qualify(name, fn)
+    recorded = deferred(qualname, fn, _make, how) if registry.is_deferred() else None
+    return _make(qualname, fn, *how).function if recorded is None else recorded
 
 
 def _make(
-    op: Op[Any, Any],
-    public: FunctionType | None,
     name: str,
     fn: Callable[..., Any],
     mutates_args: str | Iterable[str] | Mapping[str, str],
@@ -379,9 +363,9 @@ def _make(
     tags: tuple[torch.Tag, ...],
     kind: str | None,
 ) -> Op[Any, Any]:
-    """Register `op`, which is empty yet, or return the one that is registered already."""
+    """Register an op, or return the one that is registered already."""
     spec = signature.read_op(name, fn, mutates_args=mutates_args, kind=kind, tags=tags, schema=schema)
-    Op.__init__(op, spec, fn)
+    op: Op[Any, Any] = Op(spec, fn)
     if device_types is not None and op.kernels:
         types = (device_types,) if isinstance(device_types, str) else tuple(device_types)
         checked = tuple(devices.check(t, name) for t in types)
@@ -389,7 +373,7 @@ def _make(
     known = registry.add(op)
     if known is op:
         try:
-            op.define(public)
+            op.define()
         except BaseException:
             registry.discard(op)
             raise

@@ -9,8 +9,8 @@ from contextvars import ContextVar
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
+from . import library
 from .errors import DuplicateOpError, RegistrationError, UnknownOpError, listing, nearest
-from .later import is_awaiting
 
 if TYPE_CHECKING:
     from .op import Op
@@ -19,6 +19,7 @@ GROUP = "opreg.ops"
 """Entry-point group: one line in a package's metadata makes its ops appear."""
 
 _OPS: dict[str, Op] = {}
+recorded = library.RECORDED
 _DEFERRED: ContextVar[bool] = ContextVar("opreg_deferred", default=False)
 _LOCK = threading.RLock()
 _LOADED: dict[str, BaseException | None] = {}
@@ -51,6 +52,7 @@ def qualify(name: str | None, fn: Callable[..., Any]) -> str:
 
 def add(op: Op) -> Op:
     """Enter an op, or return the one that is there if it is the same declaration again (a module imported twice)."""
+    define(op.name)
     with _LOCK:
         known = _OPS.setdefault(op.name, op)
     if known is op:
@@ -89,26 +91,32 @@ def is_deferred() -> bool:
 
 def defined_ops() -> list[Op]:
     """Every op that torch knows: all but those that are deferred and unused."""
-    return [op for op in all_ops() if not is_awaiting(op)]
+    with _LOCK:
+        return [_OPS[name] for name in sorted(_OPS)]
 
 
 def all_ops() -> list[Op]:
-    """Every registered op, by name."""
-    with _LOCK:
-        return [_OPS[name] for name in sorted(_OPS)]
+    """Every registered op, by name, deferred ones included, which are registered now."""
+    for name in list(recorded):
+        define(name)
+    return defined_ops()
 
 
 def get(name: str) -> Op:
     """The op of a qualified name 'ns::op', or of a short name that only one namespace has."""
     with _LOCK:
-        if name in _OPS:
-            return _OPS[name]
-        short = [_OPS[known] for known in _OPS if known.split("::")[-1] == name]
-    if len(short) == 1:
-        return short[0]
-    if short:
-        raise UnknownOpError(f"'{name}' is ambiguous: {listing(op.name for op in short)}; write the namespace too")
-    raise UnknownOpError(f"no op '{name}' is registered; registered are {listing(sorted(_OPS))}.{nearest(name, _OPS)}")
+        names = list({**_OPS, **recorded})
+    if name not in names:
+        short = [known for known in names if known.split("::")[-1] == name]
+        if len(short) > 1:
+            raise UnknownOpError(f"'{name}' is ambiguous: {listing(short)}; write the namespace too")
+        if not short:
+            raise UnknownOpError(
+                f"no op '{name}' is registered; registered are {listing(sorted(names))}.{nearest(name, names)}"
+            )
+        name = short[0]
+    define(name)
+    return _OPS[name]
 
 
 def packages() -> list[EntryPoint]:
@@ -140,9 +148,21 @@ def _load_packages() -> dict[str, BaseException | None]:
     return dict(_LOADED)
 
 
-def record(name: str, op: Op) -> bool:
-    """Enter a deferred op; False if the name is taken."""
-    return _OPS.setdefault(name, op) is op  # one step to other threads
+def record(name: str, op: library.Recorded) -> bool:
+    """Enter an op to be registered at its first use; False if the name is taken."""
+    if name in _OPS or recorded.setdefault(name, op) is not op:  # one step to other threads
+        return False
+    namespace = name.partition("::")[0]
+    if namespace not in library.WATCHED:
+        library.watch(namespace)
+    return True
+
+
+def define(name: str) -> None:
+    """Register the op of this name if it has only been recorded."""
+    op = recorded.get(name)
+    if op is not None:
+        op.define()
 
 
 def discard(op: Op) -> None:

@@ -1,6 +1,10 @@
 """Deferred ops: recorded without a look at their signature, registered at the first use, the same from then on."""
 
+import copy
+import functools
+import inspect
 import itertools
+import pickle
 import threading
 from typing import Any, NamedTuple
 
@@ -8,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opreg import DuplicateOpError, RegistrationError, SignatureError, register_op, registry, splitting_ops
+from opreg import DuplicateOpError, RegistrationError, SignatureError, register_op, registry, signature, splitting_ops
 from opreg.cli import main
 
 X = torch.arange(3.0)
@@ -48,31 +52,86 @@ USES = {
     "list": lambda op, name: splitting_ops(),
     "show": lambda op, name: main(["show", name]),
     "compile": lambda op, name: torch.compile(lambda x: op(x), backend="eager", fullgraph=True)(X),
+    "compile itself": lambda op, name: torch.compile(op, backend="eager", fullgraph=True)(X),
+    "signature": lambda op, name: inspect.signature(op) and op(X),
+    "partial": lambda op, name: functools.partial(op, X)(),
 }
 
 
 @pytest.mark.parametrize("use", USES)
 def test_an_op_is_registered_at_its_first_use(name: str, use: str) -> None:
-    op, overload, spec = recorded(name), None, None
-    overload, spec = op.overload, op.spec
+    op = recorded(name)
+    assert op.name == name
+    assert repr(op) == f"<op {name}>"
     assert not known(name)
     USES[use](op, name)
     assert known(name)
     assert torch.equal(op(X), 2 * X)
     packet = getattr(torch.ops.t_deferred, name.split("::")[1])
-    assert packet.default is op.overload is overload is op.op.overload
-    assert type(overload) is torch._ops.OpOverload
-    assert spec == op.spec == op.op.spec
+    assert packet.default is op.overload is op.op.overload
+    assert type(op.overload) is torch._ops.OpOverload
+    assert op.spec is op.op.spec
     assert registry.get(name) is op.op
+    assert op.op.function is op
     assert op(X, by=3.0).tolist() == [0, 3, 6]
 
 
 def test_it_looks_like_the_function_and_like_any_op(name: str) -> None:
     op, other = recorded(name), register_op(f"{name}_other")(recorded(f"{name}_third").__wrapped__)
-    assert (op.__name__, op.__doc__, op.__module__) == ("doubled", "Twice.", __name__)
-    assert set(vars(other)) - set(vars(op)) <= {v for v in vars(other) if v.startswith("_torchdynamo")}
-    op(X)
-    assert set(vars(other)) == set(vars(op))
+    for used in (False, True):
+        assert (op.__name__, op.__doc__, op.__module__) == ("doubled", "Twice.", __name__)
+        assert op.__qualname__ == other.__qualname__
+        assert op.__annotations__ == other.__annotations__
+        assert op.__wrapped__.__code__ is other.__wrapped__.__code__
+        assert inspect.signature(op) == inspect.signature(other)
+        assert {method for method in vars(other) if not method.startswith("_")} - set(dir(op)) == (
+            set() if used else {"op", "spec", "overload", "name"}
+        )
+        assert not hasattr(op, "pytestmark")  # a look for what no op has registers nothing
+        assert known(name) is used
+        op(X)
+    assert set(vars(other)) <= set(vars(op))
+    assert op.__code__ is op.op.calls.public.__code__
+
+
+@register_op("t_deferred::at_top")
+def at_top(x: Tensor) -> Tensor:
+    return x + 1
+
+
+with registry.deferred():
+
+    @register_op("t_deferred::at_top_late")
+    def at_top_late(x: Tensor) -> Tensor:
+        return x + 1
+
+
+def test_it_is_pickled_and_copied_as_functions_are() -> None:
+    for _ in range(2):
+        for op in (at_top, at_top_late):
+            assert pickle.loads(pickle.dumps(op)) is copy.deepcopy(op) is copy.copy(op) is op
+        at_top_late(X)
+
+
+def test_what_is_compiled_before_the_first_use_is_compiled_once(name: str) -> None:
+    op, graphs = recorded(name), []
+
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append([node.target for node in gm.graph.nodes if node.op == "call_function"])
+        return gm
+
+    compiled = torch.compile(lambda x: op(x, by=3.0), backend=backend, fullgraph=True)
+    for _ in range(3):
+        assert torch.equal(compiled(X), 3 * X)
+    assert graphs == [[op.overload]]
+
+
+def test_a_partial_made_before_the_first_use_calls_the_op(name: str) -> None:
+    op = recorded(name)
+    parts = functools.partial(op, by=3.0), functools.partial(functools.partial(op), X)
+    for _ in range(2):
+        assert torch.equal(parts[0](X), 3 * X)
+        assert torch.equal(parts[1](), 2 * X)
 
 
 def test_compiled_graphs_hold_the_operator_and_follow_sizes(name: str) -> None:
@@ -132,7 +191,7 @@ def test_what_registration_refuses_is_refused_at_every_use(name: str) -> None:
         with pytest.raises(SignatureError, match=r"write layer_name: LayerName.*\(recorded at .*test_deferred.py:\d+"):
             use()
     assert not known(name)
-    registry._OPS.pop(name)
+    registry.recorded.pop(name)
 
 
 def test_a_kernel_that_is_refused_is_refused_at_every_use(name: str) -> None:
@@ -144,7 +203,7 @@ def test_a_kernel_that_is_refused_is_refused_at_every_use(name: str) -> None:
             op(X)
     with pytest.raises(RegistrationError, match="both have priority 1"):
         getattr(torch.ops.t_deferred, name.split("::")[1])
-    registry._OPS.pop(name)
+    registry.recorded.pop(name)
 
 
 def test_names_are_refused_at_once_and_the_second_declaration_as_ever(name: str) -> None:
@@ -175,6 +234,33 @@ def test_threads_that_use_it_first_at_once(name: str) -> None:
     for thread in threads:
         thread.join()
     assert results == [True] * 4
+
+
+def test_threads_that_come_while_it_is_registered_wait(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    op, found = recorded(name), []
+    begun, go_on = threading.Event(), threading.Event()
+    read_op = signature.read_op
+
+    def slow(*args: Any, **how: Any) -> Any:
+        begun.set()
+        assert go_on.wait(60)
+        return read_op(*args, **how)
+
+    monkeypatch.setattr(signature, "read_op", slow)
+    looks = (lambda: op(X), lambda: op.spec, lambda: registry.get(name), lambda: op.func, lambda: op.tolerance)
+    threads = [threading.Thread(target=lambda look=look: found.append(look())) for look in looks]
+    threads[0].start()
+    assert begun.wait(60)
+    for thread in threads[1:]:
+        thread.start()
+    threads[4].join(60)  # which asks for nothing of the op's
+    assert len(found) == 1
+    go_on.set()
+    for thread in threads:
+        thread.join(60)
+    assert len(found) == 5
+    assert op.op is registry.get(name)
+    assert name not in registry.recorded
 
 
 def test_packages_may_be_loaded_deferred(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

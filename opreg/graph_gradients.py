@@ -11,6 +11,7 @@ A graph without a write, or without a gradient, needs neither and is not looked 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable
 from types import BuiltinFunctionType
@@ -43,9 +44,10 @@ class Gradients:
         # value -> the last piece that writes it, and all pieces that write which value.
         self._written: dict[Any, int] = {}
         self._writers: set[tuple[int, Any]] = set()
-        # Values that are also written through another tensor, a view of theirs; and that a write may give a gradient.
-        self._seen_through: set[Any] = set()
+        # Values that a write may give a gradient, and the last piece that writes such a value through a view of it that
+        # is older than the gradient.
         self._given: set[Any] = set()
+        self._given_under: dict[Any, int] = {}
         self._writes: dict[Any, list[Any]] = {}
         # Pieces in which the gradient of anything matters.
         self._live: set[int] = set()
@@ -64,6 +66,8 @@ class Gradients:
     def _group(self) -> None:
         """Find what shares storage with what is written, and who writes it."""
         classes, owner = Classes(), self._owner
+        giving: dict[Any, list[int]] = {}
+        through: list[tuple[Any, int, int]] = []
         for node, written in self.plan.mutations:
             targets = self._writes.setdefault(node, [])
             targets += nodes_in(written)
@@ -77,11 +81,25 @@ class Gradients:
                     owner.setdefault(target, root)
                 known = owner[target]
                 if target is not known:
-                    self._seen_through.add(known)
+                    through.append((known, self._made_in(target, index, classes), index))
                 if gives:
                     self._given.add(known)
+                    giving.setdefault(known, []).append(index)
                 self._written[known] = max(index, self._written.get(known, -1))
                 self._writers.add((index, known))
+
+        for known, made, index in through:
+            pieces = giving.get(known, [])  # in order, as writes are
+            at = bisect_left(pieces, made)
+            if at < len(pieces) and pieces[at] <= index:
+                self._given_under[known] = max(index, self._given_under.get(known, -1))
+
+    def _made_in(self, view: Any, index: int, classes: Classes) -> int:
+        """The piece in which the tensor was made that piece `index` has for a view: compiled ones make theirs again."""
+        pieces, home = self.plan.pieces, self.plan.piece_of.get(view, -1)
+        if home < 0 or index < 0 or pieces[home].split or pieces[index].split or classes.find(view)[1] is False:
+            return home
+        return index
 
     def _aliases(self, root: Any) -> list[Any]:
         """The inputs of the graph that share storage with `root`, if that is one."""
@@ -135,7 +153,7 @@ class Gradients:
         if not isinstance(value, torch.Tensor) or not value.requires_grad:
             return False
         known = self._owner.get(node, node)
-        if known in self._seen_through and known in self._given and self._written[known] >= index:
+        if self._given_under.get(known, -1) >= index:
             return False  # autograd refuses to write a view of what had no gradient before it was written
         return self._until.get(known, -1) < index
 
@@ -195,7 +213,9 @@ class Gradients:
         users = [step for step in piece.steps if any(self._owner.get(a) is known for a in _inputs_of(step))]
         first = users[0]
         if first.target in ("copy_", "zero_", "fill_") and first.args[0] is node:
-            return False
+            # What is written may be kept and written again. With a gradient that nobody needs, whose backward would
+            # run all the same, it must not come out.
+            return len(users) > 1 and known in self._given and self.ends_before(node, piece.index + 1)
         # Counting, as in `steps.add_(1)`, keeps nothing.
         return wants_gradient(value_of(node)) or any(step not in self._writes or step.users for step in users)
 

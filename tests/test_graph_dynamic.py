@@ -199,7 +199,7 @@ def test_random_programs(first: int) -> None:
     assert sum(checked) >= 3, "autograd itself refuses some"
 
 
-@pytest.mark.parametrize("seed", [1251, 1953, 3219, 4251])
+@pytest.mark.parametrize("seed", [1251, 1953, 3219, 4251, 9963, 9987])
 def test_programs_that_were_refused_once(seed: int) -> None:
     assert check(seed, "aot_eager")
 

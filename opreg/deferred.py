@@ -22,8 +22,6 @@ from .later import LOCK
 from .signature import source_of
 
 _func = functools.partial.func.__get__
-# What to look at makes the op; the last is what torch.compile looks at when the op itself is compiled.
-_OF_OP = ("op", "spec", "overload", "_torchdynamo_orig_callable")
 
 
 def _first(*args: Any, **kwargs: Any) -> Any:
@@ -70,7 +68,7 @@ class Deferred(functools.partial[Any]):
                 del self.__dict__["_making"]
             op.function = self
             public = op.calls.public
-            self.__setstate__((public, (), {}, {**public.__dict__, "_torchdynamo_wrapper_id": id(self)}))
+            self.__setstate__((public, (), {}, dict(public.__dict__)))
             registry.recorded.pop(op.name)  # last, so that until then other threads come here and wait
 
     def _make(self, name: str, fn: Callable[..., Any], make: Callable[..., Any], how: Any) -> Any:
@@ -101,7 +99,7 @@ class Deferred(functools.partial[Any]):
             return getattr(fn, name)
         if name == "name":
             return known
-        if name in _OF_OP:
+        if name in ("op", "spec", "overload"):
             self.define()
             if name in self.__dict__:
                 return self.__dict__[name]

@@ -11,7 +11,6 @@ A graph without a write, or without a gradient, needs neither and is not looked 
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable
 from types import BuiltinFunctionType
@@ -44,8 +43,8 @@ class Gradients:
         # value -> the last piece that writes it, and all pieces that write which value.
         self._written: dict[Any, int] = {}
         self._writers: set[tuple[int, Any]] = set()
-        # Values that a write may give a gradient, and the last piece that writes such a value through a view of it that
-        # is older than the gradient.
+        # Values that a write may give a gradient, and the last piece that gives it one and writes it through a view as
+        # well, which may be older. (Every compiled piece makes its views again.)
         self._given: set[Any] = set()
         self._given_under: dict[Any, int] = {}
         self._writes: dict[Any, list[Any]] = {}
@@ -66,8 +65,8 @@ class Gradients:
     def _group(self) -> None:
         """Find what shares storage with what is written, and who writes it."""
         classes, owner = Classes(), self._owner
-        giving: dict[Any, list[int]] = {}
-        through: list[tuple[Any, int, int]] = []
+        giving: set[tuple[int, Any]] = set()
+        through: set[tuple[int, Any]] = set()
         for node, written in self.plan.mutations:
             targets = self._writes.setdefault(node, [])
             targets += nodes_in(written)
@@ -81,25 +80,14 @@ class Gradients:
                     owner.setdefault(target, root)
                 known = owner[target]
                 if target is not known:
-                    through.append((known, self._made_in(target, index, classes), index))
+                    through.add((index, known))
                 if gives:
-                    self._given.add(known)
-                    giving.setdefault(known, []).append(index)
+                    giving.add((index, known))
                 self._written[known] = max(index, self._written.get(known, -1))
                 self._writers.add((index, known))
-
-        for known, made, index in through:
-            pieces = giving.get(known, [])  # in order, as writes are
-            at = bisect_left(pieces, made)
-            if at < len(pieces) and pieces[at] <= index:
-                self._given_under[known] = max(index, self._given_under.get(known, -1))
-
-    def _made_in(self, view: Any, index: int, classes: Classes) -> int:
-        """The piece in which the tensor was made that piece `index` has for a view: compiled ones make theirs again."""
-        pieces, home = self.plan.pieces, self.plan.piece_of.get(view, -1)
-        if home < 0 or index < 0 or pieces[home].split or pieces[index].split or classes.find(view)[1] is False:
-            return home
-        return index
+        self._given = {known for _, known in giving}
+        for index, known in giving & through:
+            self._given_under[known] = max(index, self._given_under.get(known, -1))
 
     def _aliases(self, root: Any) -> list[Any]:
         """The inputs of the graph that share storage with `root`, if that is one."""
@@ -246,8 +234,7 @@ def gradients_of(plan: Plan, kinds: Kinds) -> Gradients | None:
         return None
     if any(name_of(node.target) in RESHAPING for node, _ in plan.mutations):
         return None  # the storage a value has after it is not the one it had
-    others = (n for n in (*plan.placeholders, *plan.attributes) if n not in kinds.of)
-    if not kinds.gradient and not any(wants_gradient(value_of(n)) for n in others):
+    if not kinds.gradient:
         return None
     found = Gradients(plan)
     return found if found.plain else None

@@ -36,6 +36,8 @@ class Kinds:
             number = of.get(node)
             if number is None:
                 value = node.meta.get("example_value")
+                if value is None:
+                    value = node.meta.get("val")
                 if type(value) is FakeTensor:
                     meta = fake_key(value)
                     number = known.get(meta)

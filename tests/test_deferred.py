@@ -201,6 +201,7 @@ def test_a_kernel_that_is_refused_is_refused_at_every_use(name: str) -> None:
     for _ in range(2):
         with pytest.raises(RegistrationError, match="both have priority 1"):
             op(X)
+    assert name not in {op.name for op in registry.defined_ops()}
     with pytest.raises(RegistrationError, match="both have priority 1"):
         getattr(torch.ops.t_deferred, name.split("::")[1])
     registry.recorded.pop(name)

@@ -69,7 +69,7 @@ class Keys:
     def __init__(self, plan: Plan, root: Any) -> None:
         self.plan = plan
         self.root = root
-        self.needed: set[Any] = set()
+        self.needed: set[Any] = set()  # values that cross a border
         self._bodies: dict[Any, Body] = {}
         self.kinds = Kinds(self.attribute)
         self._facts: dict[Any, bool] = {}
@@ -161,24 +161,25 @@ class Keys:
             for arg in step._input_nodes if type(step) is Node else nodes_in(step._args):
                 if arg not in known:
                     self._find(arg, known, inputs)
-        self.needed.update(inputs)
         piece.inputs = inputs
 
     def _find(self, arg: Any, known: set[Any], inputs: list[Any]) -> None:
-        if arg.op != "placeholder" and (other := self.cross(arg)) is not arg:
-            for node in nodes_in(other):
-                if node not in known:
-                    self._find(node, known, inputs)
-        elif arg not in known:
-            known.add(arg)
-            inputs.append(arg)
+        if arg.op != "placeholder":
+            other = self.cross(arg)
+            if other is not arg:
+                for node in nodes_in(other):
+                    if node not in known:
+                        self._find(node, known, inputs)
+                return
+            self.needed.add(arg)
+        known.add(arg)
+        inputs.append(arg)
 
     def _draft(self, piece: Piece) -> tuple[tuple[Any, ...], tuple[int, ...], tuple[Any, ...]]:
         """What a compiled piece calls, what kinds of values go into it, and the constants of registered ops."""
         inputs: list[Any] = []
         holes: list[Any] = []
         tokens = self._tokens(piece, inputs, holes)
-        self.needed.update(inputs)
         if self.plan.symbols:
             inputs += self._unbound(inputs)
         piece.inputs = inputs
@@ -268,6 +269,7 @@ class Keys:
                 at = len(inputs)
                 token = known[arg] = _INPUT[at] if at < len(_INPUT) else _marks(_INPUT, "<", at + 1)[at]
                 inputs.append(arg)
+                self.needed.add(arg)
             add(token)
         elif kind is int or kind is str or arg is None:
             add(arg)

@@ -65,18 +65,19 @@ def _assign(plan: Plan, targets: Mapping[Any, str]) -> None:
                 facts = facts_of[target] = OpFacts(op, target, target in targets)
                 if facts.split:
                     plan.matched.add(targets[target])
-            if type(value) in _TUPLES:
+            kind_of_value = type(value)
+            if kind_of_value is tuple or kind_of_value is list:
                 tuples[node] = True
             # Almost every node is an ordinary one, for which these lines are all.
             kwargs = node._kwargs
             if facts.plain and not level and not (kwargs and ("out" in kwargs or "inplace" in kwargs)):
-                kind = facts.kind
-                if kind == COMPUTE and computing and not pending:
+                if facts.tuple_view:
+                    tuples.setdefault(node, False)
+                if computing:
                     nodes.append(node)
                     piece_of[node] = index
                     continue
-                if facts.tuple_view:
-                    tuples.setdefault(node, False)
+                kind = facts.kind
             elif target is getitem and not level and type(node._args[0]) is Node and tuples.get(node._args[0]):
                 # An element stays with what made the tuple.
                 kind = ITEM
@@ -90,7 +91,8 @@ def _assign(plan: Plan, targets: Mapping[Any, str]) -> None:
                     pieces[home].nodes.append(node)
                     continue
                 kind = CHEAP
-            if kind == CHEAP:
+            if kind == CHEAP and not computing:
+                # Between two splitting ops it goes with them, else with what follows.
                 pending.append(node)
                 waiting.add(node)
                 continue
@@ -115,9 +117,6 @@ def _assign(plan: Plan, targets: Mapping[Any, str]) -> None:
             if node.args and getattr(_attribute(plan.graph, node), "inplace", False) is True:
                 plan.mutations.append((node, [node.args[0]]))
         if current is None or current.split != split:
-            # Cheap nodes before a splitting piece go with what precedes them; with nothing before, they follow.
-            if pending and current is not None and not current.split:
-                _settle(pending, waiting, current, piece_of)
             current = Piece(len(pieces), split)
             pieces.append(current)
             nodes, index, computing = current.nodes, current.index, not split

@@ -104,9 +104,10 @@ def all_ops() -> list[Op]:
 
 def get(name: str) -> Op:
     """The op of a qualified name 'ns::op', or of a short name that only one namespace has."""
-    with _LOCK:
-        names = list({**_OPS, **recorded})
-    if name not in names:
+    define(name)
+    if name not in _OPS:
+        with _LOCK:
+            names = list({**_OPS, **recorded})
         short = [known for known in names if known.split("::")[-1] == name]
         if len(short) > 1:
             raise UnknownOpError(f"'{name}' is ambiguous: {listing(short)}; write the namespace too")
@@ -115,7 +116,7 @@ def get(name: str) -> Op:
                 f"no op '{name}' is registered; registered are {listing(sorted(names))}.{nearest(name, names)}"
             )
         name = short[0]
-    define(name)
+        define(name)
     return _OPS[name]
 
 

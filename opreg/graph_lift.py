@@ -15,6 +15,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 
 from opreg import library
 from opreg.graph_key import Mark
+from opreg.graph_kinds import wants_gradient
 from opreg.graph_meta import constant, meta_key
 from opreg.graph_ops import name_of, value_of
 from opreg.graph_pieces import Piece, Plan
@@ -85,7 +86,7 @@ def _obstacle(pieces: list[Piece], differing: list[int]) -> str | None:
         metas = {meta_key(value_of(piece.spots[i][0])) for piece in pieces if _plain(piece.spots[i][0])}
         if len(metas) > 1:
             return f"argument {_argument(overload, at)} of {name_of(node.target)} decides the shape of its result"
-    if torch.is_grad_enabled() and any(_wants_gradient(n) for n in pieces[0].inputs):
+    if torch.is_grad_enabled() and any(wants_gradient(value_of(n)) for n in pieces[0].inputs):
         # The stand-in has no backward formula.
         return f"constant {_constant_at(pieces[0], differing[0])!r} is not lifted while gradients are wanted"
     return None
@@ -93,11 +94,6 @@ def _obstacle(pieces: list[Piece], differing: list[int]) -> str | None:
 
 def _plain(node: Any) -> bool:
     return isinstance(value_of(node), torch.Tensor)
-
-
-def _wants_gradient(node: Any) -> bool:
-    value = value_of(node)
-    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 def _argument(overload: OpOverload, at: Any) -> str:

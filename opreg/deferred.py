@@ -103,6 +103,8 @@ class Deferred(functools.partial[Any]):
             self.define()
             if name in self.__dict__:
                 return self.__dict__[name]
+        if name in ("__code__", "__defaults__", "__kwdefaults__", "__globals__", "__closure__"):
+            return getattr(self.func, name)  # for what takes functions only, register_op among them
         raise AttributeError(f"{known}, which is recorded and not registered yet, has no attribute '{name}'")
 
     def __repr__(self) -> str:

@@ -41,6 +41,12 @@ def recorded(name: str, **how: Any) -> Any:
     return doubled
 
 
+def with_kernel(name: str, kernel: Any) -> Any:
+    other = register_op(f"{name}_other")(kernel.__wrapped__)
+    other.register_kernel("cpu", kernel, priority=1)
+    return other
+
+
 USES = {
     "call": lambda op, name: op(X),
     "torch.ops": lambda op, name: getattr(torch.ops.t_deferred, name.split("::")[1]),
@@ -55,6 +61,9 @@ USES = {
     "compile itself": lambda op, name: torch.compile(op, backend="eager", fullgraph=True)(X),
     "signature": lambda op, name: inspect.signature(op) and op(X),
     "partial": lambda op, name: functools.partial(op, X)(),
+    "code": lambda op, name: op.__code__,
+    "body of another op": lambda op, name: register_op(f"{name}_again")(op)(X),
+    "kernel of another op": lambda op, name: with_kernel(name, op)(X),
 }
 
 
